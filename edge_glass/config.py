@@ -1,0 +1,289 @@
+"""The schema: every plain knob with its type, and the rules between knobs.
+
+`_target_` nodes (towers, losses, optimizers) are typed `Any` here: their constructors' signatures are their schema, see
+`signatures.py`.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from edge_glass.errors import UserError
+
+MODALITIES = ("image", "audio", "text")
+
+
+class ConfigError(UserError):
+    """A config that cannot run; raised before any weight is loaded."""
+
+
+class Precision(Enum):
+    """What matrix products are computed in."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class PairBy(Enum):
+    """What makes rows of an image table and an audio table belong together."""
+
+    concept_id = "concept_id"
+    sample_id = "sample_id"
+    text = "text"
+
+
+class WandbMode(Enum):
+    """Where wandb's figures go."""
+
+    online = "online"
+    offline = "offline"
+    off = "off"
+
+
+@dataclass
+class EncoderConfig:
+    """The towers. A modality that is null takes no part."""
+
+    dim: int = MISSING
+    widths: list[int] = MISSING
+    image: Any = None
+    audio: Any = None
+    text: Any = None
+
+
+@dataclass
+class ViewConfig:
+    """Which rows ask and which are ranked, as column -> values."""
+
+    queries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    gallery: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class DatasetConfig:
+    """Where the rows are, how they become training samples, and on which rows a run is judged."""
+
+    name: str = MISSING
+    image: str | None = None
+    audio: str | None = None
+    pair_by: PairBy = PairBy.concept_id
+    shares: dict[str, float] = field(default_factory=dict)
+    where: dict[str, Any] = field(default_factory=dict)
+    train: Any = None
+    image_augment: Any = None
+    audio_augment: Any = None
+    keep_decoded_mb: int = 512
+    max_bad_share: float = 0.01
+    views: dict[str, ViewConfig] = field(default_factory=dict)
+    validation_view: str | None = None
+
+
+@dataclass
+class OptimizationConfig:
+    """How a step is made."""
+
+    batch_size: int = MISSING
+    accumulation: int = 1
+    optimizer: Any = None
+    scheduler: Any = None
+    clip_norm: float | None = None
+
+
+@dataclass
+class TrainingConfig:
+    """How long a run lasts and what it leaves behind."""
+
+    max_steps: int = MISSING
+    max_seconds: float | None = None
+    eval_every: int = MISSING
+    save_every: int = MISSING
+    log_every: int = 10
+    keep_last: int = 1
+    monitor: str | None = None
+    test_checkpoint: str = "last"
+    precision: Precision = Precision.fp32
+    device: str = "auto"
+    workers: int = 0
+    resume: str | None = None
+
+
+@dataclass
+class WandbConfig:
+    """wandb's own knobs."""
+
+    mode: WandbMode = WandbMode.off
+    project: str = "edge-glass"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LoggerConfig:
+    """Where figures go beside metrics.jsonl, which is always written."""
+
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
+
+
+@dataclass
+class LaunchConfig:
+    """The ranks of a run that no outer launcher starts."""
+
+    nproc_per_node: int = 1
+    threads: int | None = None
+
+
+@dataclass
+class ExperimentConfig:
+    """One run."""
+
+    name: str = MISSING
+    seed: int = 0
+    backbone: Any = None
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    objective: Any = None
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+
+def to_experiment(config: DictConfig) -> DictConfig:
+    """The config checked against the schema, with every interpolation resolved.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type, a missing value, or values that do not go together.
+    """
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), config)
+        OmegaConf.resolve(typed)
+        OmegaConf.to_container(typed, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error)) from error
+    assert isinstance(typed, DictConfig)
+    check(typed)
+    return typed
+
+
+def load_config(path: str | Path) -> DictConfig:
+    """A run's config from YAML, checked.
+
+    Raises:
+        ConfigError: no such file, or a config that does not fit the schema.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"no config at {path}; a run folder holds one as config.yaml")
+    loaded = OmegaConf.load(path)
+    assert isinstance(loaded, DictConfig)
+    return to_experiment(loaded)
+
+
+def save_config(config: DictConfig, path: str | Path) -> None:
+    """Write a config as YAML that `load_config` reads back equal."""
+    Path(path).write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
+
+
+def modalities(config: DictConfig) -> list[str]:
+    """The modalities that have a tower, in the order image, audio, text."""
+    return [name for name in MODALITIES if config.encoder[name] is not None]
+
+
+def check(config: DictConfig) -> None:
+    """The rules between knobs that no type expresses.
+
+    Raises:
+        ConfigError: naming the keys, their values and what would be valid.
+    """
+    encoder, dataset, optimization, training = config.encoder, config.dataset, config.optimization, config.training
+    present = modalities(config)
+    if len(present) < 2:
+        raise ConfigError(f"encoder has towers for {present}; alignment needs at least two of {list(MODALITIES)}")
+    widths = list(encoder.widths)
+    if not widths or max(widths) != encoder.dim or min(widths) < 1 or len(set(widths)) != len(widths):
+        raise ConfigError(
+            f"encoder.widths={widths} does not fit encoder.dim={encoder.dim}: the widths are distinct and positive, and "
+            f"the largest is the dim, say [{encoder.dim}, {max(encoder.dim // 2, 1)}]"
+        )
+    for name in present:
+        if name != "text" and dataset[name] is None:
+            raise ConfigError(
+                f"encoder has a tower for {name}, but dataset={dataset.name} has no {name} rows (dataset.{name} is null); "
+                + ("choose encoder=audio_text" if name == "image" else "choose encoder=vision_text")
+                + " or another dataset"
+            )
+    for key, value, least in (
+        ("optimization.batch_size", optimization.batch_size, 2),
+        ("optimization.accumulation", optimization.accumulation, 1),
+        ("training.max_steps", training.max_steps, 1),
+        ("training.eval_every", training.eval_every, 1),
+        ("training.save_every", training.save_every, 1),
+        ("training.log_every", training.log_every, 1),
+        ("training.keep_last", training.keep_last, 1),
+        ("training.workers", training.workers, 0),
+        ("launch.nproc_per_node", config.launch.nproc_per_node, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{key}={value}: give a whole number of at least {least}")
+    if training.max_seconds is not None and training.max_seconds <= 0:
+        raise ConfigError(f"training.max_seconds={training.max_seconds}: give a positive number of seconds, or null")
+    if training.test_checkpoint not in ("last", "best"):
+        raise ConfigError(f"training.test_checkpoint={training.test_checkpoint!r}: give 'last' or 'best'")
+    if training.test_checkpoint == "best" and training.monitor is None:
+        raise ConfigError("training.test_checkpoint='best' needs training.monitor, the figure that best is judged by")
+    if dataset.validation_view is not None and dataset.validation_view not in dataset.views:
+        raise ConfigError(
+            f"dataset.validation_view={dataset.validation_view!r}: not among dataset.views, which are {list(dataset.views)}"
+        )
+    if not 0 <= dataset.max_bad_share <= 1:
+        raise ConfigError(f"dataset.max_bad_share={dataset.max_bad_share}: give a share in 0..1")
+    if sum(dataset.shares.values()) >= 1:
+        raise ConfigError(f"dataset.shares={dict(dataset.shares)}: they leave nothing to train on; their sum is below 1")
+
+
+def explain_override(error: Exception) -> str:
+    """Hydra's message for an override that does not fit, with what would."""
+    cause = error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        return f"{str(error).splitlines()[0]} {_known(cause)}"
+    return str(error)
+
+
+def _known(error: OmegaConfBaseException) -> str:
+    node = error.parent_node
+    known: list[str] = []
+    if isinstance(node, DictConfig):
+        kind = OmegaConf.get_type(node)
+        # Of a structured node the schema's fields, else the keys that are there.
+        known = [f.name for f in fields(kind)] if is_dataclass(kind) else [str(key) for key in node]
+    known = sorted(set(known) - {"hydra"})
+    key = str(error.key)
+    place = error.full_key.rsplit(".", 1)[0] + "." if error.full_key and "." in error.full_key else ""
+    close = get_close_matches(key, known, n=1)
+    hint = f"Did you mean {place}{close[0]}? " if close else ""
+    return f"{hint}There is no key {key!r} in {place.rstrip('.') or 'the config'}; it has {known}."
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    key = error.full_key or error.key
+    if isinstance(error, ConfigAttributeError | ConfigKeyError):
+        return f"{key}: {_known(error)}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key}: a value is missing; give it on the command line as {key}=..."
+    first = str(error).splitlines()[0]
+    if isinstance(error, ValidationError | InterpolationResolutionError):
+        return f"{key}: {first}"
+    return f"{key}: {type(error).__name__}: {first}"

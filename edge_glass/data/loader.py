@@ -1,0 +1,182 @@
+"""Samples to batches: which rows, in which order, put together how."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Sampler
+
+from edge_glass.data.augment import AudioAugment, ImageAugment
+from edge_glass.data.batch import AudioClips, Batch, SkippedRow
+from edge_glass.data.datasets import Decoding, Index, MediaReader, Sample
+from edge_glass.data.decode import Undecodable
+from edge_glass.data.rows import DataError, Rows
+
+
+class EpochBatches(Sampler[list[Index]]):
+    """Batches of one rank, epoch after epoch without end.
+
+    The order depends on seed and epoch only: a global batch is the same set of rows on one rank or on eight. The rows
+    that do not fill a last global batch sit out that epoch.
+
+    Args:
+        count: rows in the set.
+        batch_size: rows a batch on this rank.
+        seed: of the order.
+        rank: this rank.
+        world_size: number of ranks.
+        first: global batches to leave out at the start, for a run that goes on where another stopped.
+
+    Raises:
+        DataError: the set is smaller than one global batch.
+    """
+
+    def __init__(
+        self, count: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1, first: int = 0
+    ):
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.rank, self.world_size, self.first = rank, world_size, first
+        if self.batches_per_epoch == 0:
+            raise DataError(
+                f"{count} rows do not fill one global batch of {batch_size * world_size}; lower "
+                "optimization.batch_size, optimization.accumulation or launch.nproc_per_node"
+            )
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self.count // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[list[Index]]:
+        epoch, start = divmod(self.first, self.batches_per_epoch)
+        while True:
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
+            for batch in range(start, self.batches_per_epoch):
+                begin = (batch * self.world_size + self.rank) * self.batch_size
+                yield [(epoch, int(place)) for place in order[begin : begin + self.batch_size]]
+            epoch, start = epoch + 1, 0
+
+
+class Collate:
+    """Samples to a Batch: pixels augmented and normalised, clips augmented and padded.
+
+    Args:
+        mean: of the image tower's normalisation, per channel, in 0..1.
+        std: likewise.
+        image_augment: training-time variation of images, or None.
+        audio_augment: training-time variation of clips, or None.
+    """
+
+    def __init__(
+        self,
+        mean: list[float],
+        std: list[float],
+        image_augment: ImageAugment | None = None,
+        audio_augment: AudioAugment | None = None,
+    ):
+        self.mean = torch.tensor(mean).view(1, 3, 1, 1)
+        self.std = torch.tensor(std).view(1, 3, 1, 1)
+        self.image_augment = image_augment
+        self.audio_augment = audio_augment
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        generators = [sample.generator for sample in samples]
+        images = [sample.image for sample in samples if sample.image is not None]
+        clips = [sample.audio for sample in samples if sample.audio is not None]
+        texts = [sample.text for sample in samples if sample.text is not None]
+        return Batch(
+            sample_ids=[sample.sample_id for sample in samples],
+            concept_ids=torch.tensor([sample.concept_id for sample in samples]),
+            image=self.pixels(images, generators) if images else None,
+            audio=self.waveforms(clips, generators) if clips else None,
+            text=texts or None,
+            skipped=[row for sample in samples for row in sample.skipped],
+        )
+
+    def pixels(self, images: list[Tensor], generators: list[np.random.Generator] | None = None) -> Tensor:
+        """`[batch, 3, side, side]` float32, normalised; augmented when generators are given."""
+        pixels = torch.stack(images).float() / 255
+        if self.image_augment is not None and generators is not None:
+            pixels = self.image_augment(pixels, generators)
+        return (pixels - self.mean) / self.std
+
+    def waveforms(
+        self, clips: list[Tensor], generators: list[np.random.Generator] | None = None
+    ) -> AudioClips:
+        """Clips padded with zeros to the longest; augmented when generators are given."""
+        batch = AudioClips(pad_sequence(clips, batch_first=True), torch.tensor([len(clip) for clip in clips]))
+        if self.audio_augment is not None and generators is not None:
+            batch = self.audio_augment(batch, generators)
+        return batch
+
+
+def training_loader(
+    dataset, collate: Collate, batches: EpochBatches, workers: int = 0, pin_memory: bool = False
+) -> DataLoader:
+    """Training batches without end, in the order of `batches`."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread if workers else None,
+        persistent_workers=workers > 0,
+        prefetch_factor=2 if workers else None,
+    )
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)  # workers beside a training process: two threads each would fight over the cores
+
+
+class EvaluationBatches:
+    """Every row of a table once, in order, as batches of one modality; rows that cannot be decoded are left out.
+
+    Args:
+        rows: the table.
+        modality: `image`, `audio` or `text`.
+        decoding: what the tower needs.
+        collate: normalisation; its augmentations are not used.
+        batch_size: rows a batch.
+    """
+
+    def __init__(self, rows: Rows, modality: str, decoding: Decoding, collate: Collate, batch_size: int = 256):
+        self.modality, self.collate, self.batch_size = modality, collate, batch_size
+        self.sample_ids = rows.column("sample_id")
+        self.concept_ids = rows.column("concept_id")
+        self.captions = rows.column("text")
+        self.places = {sample: place for place, sample in enumerate(self.sample_ids)}
+        self.reader = None if modality == "text" else MediaReader(rows, modality, decoding)
+        self.skipped: list[SkippedRow] = []
+
+    def __len__(self) -> int:
+        """Number of rows (not of batches)."""
+        return len(self.sample_ids)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.skipped = []
+        for start in range(0, len(self), self.batch_size):
+            yield from self._batch(range(start, min(start + self.batch_size, len(self))))
+
+    def _batch(self, rows: range) -> Iterator[Batch]:
+        kept, media = [], []
+        for row in rows:
+            if self.reader is not None:
+                try:
+                    media.append(self.reader.read(row))
+                except Undecodable as error:
+                    self.skipped.append(SkippedRow(self.sample_ids[row], str(error)))
+                    continue
+            kept.append(row)
+        if not kept:
+            return
+        batch = Batch([self.sample_ids[row] for row in kept], torch.tensor([self.concept_ids[row] for row in kept]))
+        if self.modality == "image":
+            batch.image = self.collate.pixels(media)
+        elif self.modality == "audio":
+            batch.audio = self.collate.waveforms(media)
+        else:
+            batch.text = [self.captions[row] for row in kept]
+        yield batch

@@ -1,0 +1,134 @@
+"""Who this process is among the ranks, and the few collectives that training and evaluation need.
+
+Everything here is a no-op in a single process, so that no caller has to ask whether there are ranks.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Number = TypeVar("Number", float, Tensor)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The place of this process in its world.
+
+    Attributes:
+        rank: number of this process, 0 to world_size - 1.
+        local_rank: its number on this machine, which is also the number of its GPU.
+        world_size: how many processes train together.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+
+def current_ranks() -> Ranks:
+    """The ranks as torch.distributed knows them, else as the environment says, else a single process."""
+    local_rank = os.environ.get("LOCAL_RANK")
+    if dist.is_available() and dist.is_initialized():
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+    else:
+        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return Ranks(rank, rank if local_rank is None else int(local_rank), world_size)
+
+
+def is_main() -> bool:
+    """True in the one process that writes reports and checkpoints."""
+    return current_ranks().rank == 0
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The rows of every rank, in rank order, with gradient back to the rank that each row came from.
+
+    The gradient of a row is the sum over ranks of the gradients of all its copies. A loss that every rank
+    computes in full from gathered rows therefore has `world_size` times its gradient on each rank, and the
+    mean over ranks that DistributedDataParallel takes makes it the gradient of one process with all rows.
+
+    Args:
+        tensor: `[local rows, ...]`; the number of rows may differ between ranks, the rest of the shape may
+            not.
+
+    Returns:
+        `[rows of all ranks, ...]`.
+
+    Raises:
+        ValueError: the rows of two ranks differ in shape.
+    """
+    return _Gather.apply(tensor) if _in_a_world() else tensor
+
+
+def all_mean(value: Number) -> Number:
+    """The mean over ranks of a number or tensor, without gradient; the same type comes back."""
+    if not _in_a_world():
+        return value.detach() if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        total = value.detach().clone()
+    else:
+        total = torch.tensor(value, dtype=torch.float64, device=_collective_device())
+    dist.all_reduce(total)
+    mean = total / dist.get_world_size()
+    return mean if isinstance(value, Tensor) else mean.item()
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    if _in_a_world():
+        dist.barrier()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        counts = _row_counts(tensor)
+        ctx.start = sum(counts[: dist.get_rank()])
+        ctx.stop = ctx.start + tensor.shape[0]
+        # Every rank must send equally much: short ones are filled up, and the filling is cut off on arrival.
+        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+        padded[: tensor.shape[0]] = tensor
+        received = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(received, padded)
+        return torch.cat([rows[:count] for rows, count in zip(received, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # to be summed in place
+        dist.all_reduce(gradient)
+        return gradient[ctx.start : ctx.stop]
+
+
+def _row_counts(tensor: Tensor) -> list[int]:
+    """How many rows each rank holds; all ranks learn of a misfit together, so that none is left waiting."""
+    row_size = tensor[:1].numel() if tensor.shape[0] else -1  # -1: no row to compare
+    mine = torch.tensor([tensor.shape[0], row_size], device=tensor.device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    facts = torch.stack(everyone).tolist()
+    if len({size for _, size in facts if size >= 0}) > 1:
+        raise ValueError(
+            "gather: the ranks hold rows of different size, numbers per row by rank: "
+            f"{[size for _, size in facts]}; build the same model and read the same modalities on every rank"
+        )
+    return [count for count, _ in facts]
+
+
+def _in_a_world() -> bool:
+    """True when there are other ranks to talk to."""
+    several = current_ranks().world_size > 1
+    if several and not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            f"the environment says WORLD_SIZE={os.environ['WORLD_SIZE']}, but the ranks are not connected: "
+            "each would train alone; call torch.distributed.init_process_group() first, or unset WORLD_SIZE"
+        )
+    return several
+
+
+def _collective_device() -> torch.device:
+    """NCCL moves only what lies on the GPU."""
+    return torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")

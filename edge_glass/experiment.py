@@ -1,0 +1,172 @@
+"""The parts of a run, built from its config: data first, since it fails fastest, then the task."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from edge_glass.config import ConfigError, modalities
+from edge_glass.data.batch import Batch
+from edge_glass.data.datasets import Decoding
+from edge_glass.data.loader import Collate, EpochBatches, training_loader
+from edge_glass.data.rows import Rows, read_tables
+from edge_glass.distributed import current_ranks
+from edge_glass.evaluation.views import Views
+from edge_glass.models.alignment import MultimodalAlignmentModel
+from edge_glass.signatures import check_targets
+from edge_glass.tasks import AlignmentTask
+
+# For towers that the config does not have: nothing is decoded with these.
+NO_IMAGES = {"image_size": 1, "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+
+
+@dataclass
+class Experiment:
+    """What a config describes.
+
+    Attributes:
+        config: checked and resolved.
+        tables: `image` and/or `audio` -> all rows of the data set.
+        task: model and loss, on its device.
+        decoding: how media are decoded, as the towers need them.
+        collate: how samples become batches; holds the towers' normalisation and the training augmentation.
+        device: where the task is.
+    """
+
+    config: DictConfig
+    tables: dict[str, Rows]
+    task: AlignmentTask
+    decoding: Decoding
+    collate: Collate
+    device: torch.device
+
+    def views(self, names: list[str]) -> Views:
+        """The evaluation of the named views, for the modalities that have towers."""
+        plain = OmegaConf.to_container(self.config.dataset.views)
+        assert isinstance(plain, dict)
+        chosen = {name: _present(plain[name], self.tables) for name in names}
+        return Views(self.tables, chosen, self.decoding, self.collate, list(self.config.encoder.widths))
+
+    def training_rows(self) -> dict[str, Rows]:
+        """The rows of the training split."""
+        conditions = OmegaConf.to_container(self.config.dataset.where)
+        assert isinstance(conditions, dict)
+        return {name: rows.where(conditions) for name, rows in self.tables.items()}
+
+    def training_batches(self) -> "TrainingBatches":
+        """The training batches of this rank."""
+        dataset = build(
+            self.config.dataset.train, rows=self.training_rows(), decoding=self.decoding, seed=self.config.seed
+        )
+        return TrainingBatches(dataset, self.collate, self.config, pin_memory=self.device.type == "cuda")
+
+
+class TrainingBatches:
+    """Makes the endless batches of this rank, from any place in the run.
+
+    Args:
+        dataset: indexed by (epoch, place).
+        collate: samples to a batch.
+        config: of the run.
+        pin_memory: for a GPU.
+    """
+
+    def __init__(self, dataset: Any, collate: Collate, config: DictConfig, pin_memory: bool):
+        ranks = current_ranks()
+        self.dataset, self.collate, self.pin_memory = dataset, collate, pin_memory
+        self.workers = config.training.workers
+        size = config.optimization.batch_size * config.optimization.accumulation
+        self.order = EpochBatches(len(dataset), size, config.seed, ranks.rank, ranks.world_size)
+
+    @property
+    def epoch_length(self) -> int:
+        """Global batches an epoch."""
+        return self.order.batches_per_epoch
+
+    def __call__(self, first: int) -> Iterator[Batch]:
+        """Batches from global batch `first` on."""
+        self.order.first = first
+        return iter(training_loader(self.dataset, self.collate, self.order, self.workers, self.pin_memory))
+
+
+def build(node: Any, **given: Any) -> Any:
+    """What a `_target_` node describes, called with `given` if it is `_partial_`."""
+    built = hydra.utils.instantiate(node, _convert_="all")
+    return built(**given) if given else built
+
+
+def build_experiment(config: DictConfig) -> Experiment:
+    """Everything a run needs, or an error before anything is written.
+
+    Raises:
+        UserError: data that is not there, arguments that a class does not take, weights that cannot be loaded.
+    """
+    device = choose_device(config.training.device)
+    dataset = config.dataset
+    paths = {name: dataset[name] if name in modalities(config) else None for name in ("image", "audio")}
+    shares = OmegaConf.to_container(dataset.shares)
+    assert isinstance(shares, dict)
+    tables = read_tables(paths["image"], paths["audio"], dataset.pair_by.value, shares)
+    check_targets(OmegaConf.to_container(config), foreign=True)
+    torch.manual_seed(config.seed)
+    try:
+        task = build_task(config).to(device)
+    except hydra.errors.InstantiationException as error:
+        # Hydra wraps what a constructor raises; the person wants the constructor's own words.
+        raise ConfigError(f"{error.__cause__ or error}") from error
+    encoders = {name: tower.encoder for name, tower in task.model.towers.items()}
+    images, clips = encoders.get("image"), encoders.get("audio")
+    normal = vars(images) if images is not None else NO_IMAGES
+    decoding = Decoding(
+        normal["image_size"],
+        clips.window_seconds if clips is not None else 0.0,
+        dataset.keep_decoded_mb,
+    )
+    collate = Collate(
+        normal["mean"], normal["std"], build(dataset.image_augment), build(dataset.audio_augment)
+    )
+    return Experiment(config, tables, task, decoding, collate, device)
+
+
+def build_task(config: DictConfig) -> AlignmentTask:
+    """Model and loss."""
+    towers = {name: build(config.encoder[name]) for name in modalities(config)}
+    return AlignmentTask(MultimodalAlignmentModel(towers), build(config.objective))
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        ConfigError: a device that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("training.device=cuda: torch sees no GPU here; use training.device=cpu or auto")
+        device = torch.device("cuda", current_ranks().local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    if name != "cpu":
+        raise ConfigError(f"training.device={name!r}: give auto, cpu or cuda")
+    return torch.device("cpu")
+
+
+def set_threads(config: DictConfig) -> None:
+    """Share the machine's cores among the ranks on it: ranks that fight for cores are many times slower."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", current_ranks().world_size))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(config.launch.threads or max(1, cores // ranks_here))
+
+
+def _present(view: dict[str, Any], tables: dict[str, Rows]) -> dict[str, Any]:
+    """The view without the modalities that have no table in this run."""
+    return {
+        role: {name: conditions for name, conditions in parts.items() if name in (*tables, "text")}
+        for role, parts in view.items()
+    }

@@ -1,0 +1,73 @@
+"""Runs a function on all ranks of a job, whatever started the job."""
+
+import importlib
+import os
+import uuid
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from edge_glass.errors import UserError
+
+
+def run(function: str, config: DictConfig, run_dir: str) -> Any:
+    """Call `function(config, run_dir)` on every rank and return what rank 0 returns.
+
+    Three ways to have ranks: the tasks of a SLURM job (under submitit), an outer torchrun, or, with neither, processes
+    that this job starts itself (`launch.nproc_per_node`), so that each job of a sweep has a world of its own.
+
+    Args:
+        function: `module:name`; a name, so that spawned ranks can import it and this process need not.
+        config: resolved.
+        run_dir: the run's folder.
+
+    Raises:
+        UserError: from any rank, as that rank wrote it.
+    """
+    plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    if "SUBMITIT_EXECUTOR" in os.environ:
+        from submitit.helpers import TorchDistributedEnvironment
+
+        TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
+        return call(function, plain, run_dir)
+    if "RANK" in os.environ or config.launch.nproc_per_node == 1:
+        return call(function, plain, run_dir)
+    return _spawn(function, plain, run_dir, config.launch.nproc_per_node)
+
+
+def call(function: str, config: Any, run_dir: str) -> Any:
+    """Import and call `function` on this rank."""
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)(config, run_dir)
+
+
+def _spawn(function: str, config: Any, run_dir: str, ranks: int) -> Any:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # elastic_launch leaves the number of threads alone, and ranks that fight for cores are many times slower.
+    threads = config["launch"]["threads"] or max(1, (os.cpu_count() or 1) // ranks)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    world = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="spawn",
+    )
+    try:
+        return elastic_launch(world, call_in_rank)(function, config, run_dir)[0]
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise UserError(f"rank {rank} failed: {failure.message or failure}") from error
+
+
+def call_in_rank(function: str, config: Any, run_dir: str) -> Any:
+    """`call`, with failures recorded so that the parent can say what went wrong."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(call)(function, config, run_dir)

@@ -1,0 +1,1 @@
+"""From tokens to aligned embeddings: pooling, resampling, projection, alignment and its losses."""

@@ -1,0 +1,148 @@
+"""Towers, and the model that puts their modalities into one space."""
+
+from typing import TypedDict
+
+from torch import Tensor, nn
+
+from edge_glass.data.batch import MODALITIES, AudioClips, Batch
+from edge_glass.encoders.tokens import Encoder
+from edge_glass.models.perceiver import PerceiverResampler
+from edge_glass.models.pooling import SegmentPool
+from edge_glass.models.projection import ProjectionHead
+
+Inputs = Tensor | AudioClips | list[str]
+
+
+class Tower(nn.Module):
+    """The embedding of one modality: encoder, resampler (or none), pooling, projection.
+
+    Args:
+        encoder: inputs to tokens.
+        resampler: tokens to a fixed number of tokens; None pools the encoder's own.
+        pool: tokens to one vector.
+        projection: that vector to the embedding.
+
+    Raises:
+        ValueError: widths that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        resampler: PerceiverResampler | None,
+        pool: SegmentPool,
+        projection: ProjectionHead,
+    ):
+        super().__init__()
+        if resampler is not None and resampler.dim != encoder.dim:
+            raise ValueError(
+                f"the resampler reads tokens of {resampler.dim}; the encoder gives {encoder.dim}"
+            )
+        if projection.in_dim != pool.segments * encoder.dim:
+            raise ValueError(
+                f"the projection reads {projection.in_dim} features; pooling gives "
+                f"{pool.segments} segments x {encoder.dim} = {pool.segments * encoder.dim}"
+            )
+        self.encoder = encoder
+        self.resampler = resampler
+        self.pool = pool
+        self.projection = projection
+
+    @property
+    def out_dim(self) -> int:
+        """Width of the embedding."""
+        return self.projection.out_dim
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Embeddings `[batch, out_dim]`, not normalised."""
+        tokens = self.encoder(inputs)
+        if self.resampler is not None:
+            tokens = self.resampler(tokens)
+        return self.projection(self.pool(tokens))
+
+
+class MultimodalAlignmentModel(nn.Module):
+    """Embeddings of any of the modalities image, audio and text, in one space.
+
+    Args:
+        towers: by modality, all with one width of embedding.
+
+    Raises:
+        ValueError: no tower, an unknown modality, or embeddings of different widths.
+    """
+
+    def __init__(self, towers: dict[str, Tower]):
+        super().__init__()
+        if not towers or any(name not in MODALITIES for name in towers):
+            raise ValueError(
+                f"towers are given for {list(towers)}; valid are one or more of {list(MODALITIES)}"
+            )
+        widths = {name: tower.out_dim for name, tower in towers.items()}
+        if len(set(widths.values())) > 1:
+            raise ValueError(
+                f"the towers' embeddings differ in width: {widths}; give all projections one out_dim"
+            )
+        self.towers = nn.ModuleDict(towers)
+        self.out_dim = next(iter(widths.values()))
+
+    def encode(self, modality: str, inputs: Inputs) -> Tensor:
+        """Embeddings `[batch, out_dim]` of one modality, not normalised.
+
+        Raises:
+            ValueError: the model has no tower for it.
+        """
+        if modality not in self.towers:
+            raise ValueError(f"no tower for {modality!r}; this model has {list(self.towers)}")
+        return self.towers[modality](inputs)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Embeddings `[batch, out_dim]` of each modality that both the batch and the model have.
+
+        Raises:
+            ValueError: they have none in common.
+        """
+        shared = [name for name in batch.modalities() if name in self.towers]
+        if not shared:
+            raise ValueError(
+                f"the batch holds {batch.modalities()}, the model has towers for {list(self.towers)}"
+            )
+        return {name: self.encode(name, batch.inputs(name)) for name in shared}
+
+
+class ParameterRow(TypedDict):
+    """Parameters of one part: all of them, and those that are trained."""
+
+    part: str
+    total: int
+    trainable: int
+
+
+def parameter_table(model: MultimodalAlignmentModel) -> list[ParameterRow]:
+    """Parameter counts of each part of each tower, such as `image.encoder`, and of the whole, `total`."""
+    parts = [
+        (f"{modality}.{name}", part)
+        for modality, tower in model.towers.items()
+        for name, part in tower.named_children()
+    ]
+    rows = [_count(name, part) for name, part in [*parts, ("total", model)]]
+    return [row for row in rows if row["total"]]
+
+
+def format_parameter_table(rows: list[ParameterRow]) -> str:
+    """The table as lines of text for the terminal."""
+    lines = [("part", "parameters", "trainable")]
+    lines += [(row["part"], f"{row['total']:,}", f"{row['trainable']:,}") for row in rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(3)]
+    return "\n".join(
+        f"{part:<{widths[0]}}  {total:>{widths[1]}}  {trainable:>{widths[2]}}"
+        for part, total, trainable in lines
+    )
+
+
+def _count(name: str, module: nn.Module) -> ParameterRow:
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
+    return {
+        "part": name,
+        "total": sum(size for size, _ in sizes),
+        "trainable": sum(size for size, trainable in sizes if trainable),
+    }

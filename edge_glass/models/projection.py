@@ -1,0 +1,103 @@
+"""From a tower's features to the shared embedding, or to the prefix of a decoder."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from edge_glass.encoders.tokens import Tokens
+from edge_glass.models.pooling import segment_shares
+
+
+class ProjectionHead(nn.Module):
+    """Features in the width of the shared embedding.
+
+    Args:
+        in_dim: width of the features.
+        out_dim: width of the embedding.
+        hidden_dim: None for one linear layer; else an MLP of that width, normalised first.
+        dropout: share of the values dropped before the last linear layer.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, hidden_dim: int | None = None, dropout: float = 0.0):
+        super().__init__()
+        self.in_dim = in_dim
+        self.out_dim = out_dim
+        first = [] if hidden_dim is None else [nn.LayerNorm(in_dim), nn.Linear(in_dim, hidden_dim), nn.GELU()]
+        last = nn.Linear(hidden_dim or in_dim, out_dim)
+        self.layers = nn.Sequential(*first, nn.Dropout(dropout), last)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`[..., in_dim]` to `[..., out_dim]`."""
+        return self.layers(features)
+
+
+class MatryoshkaProjection(ProjectionHead):
+    """An embedding whose first numbers are an embedding too (Kusupati et al. 2022).
+
+    The loss trains the prefixes, each with a term of its own; this module says which they are, and cuts them.
+
+    Args:
+        in_dim: width of the features.
+        out_dim: full width of the embedding.
+        widths: the nested widths in rising or falling order, the largest being `out_dim`.
+        hidden_dim: None for one linear layer; else an MLP of that width, normalised first.
+        dropout: share of the values dropped before the last linear layer.
+
+    Raises:
+        ValueError: widths that are not positive, not sorted, not distinct, or do not end at `out_dim`.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        widths: list[int],
+        hidden_dim: int | None = None,
+        dropout: float = 0.0,
+    ):
+        super().__init__(in_dim, out_dim, hidden_dim, dropout)
+        widths = list(widths)
+        rising = sorted(set(widths))
+        if widths not in (rising, rising[::-1]) or not rising or rising[0] < 1 or rising[-1] != out_dim:
+            raise ValueError(
+                f"nested widths {widths} do not fit an embedding of {out_dim}: they must be positive, "
+                f"distinct, in rising or falling order, and the largest must be {out_dim}"
+            )
+        self.widths = rising
+
+    def at_width(self, embedding: Tensor, width: int) -> Tensor:
+        """The first `width` numbers as unit vectors: `[..., out_dim]` to `[..., width]`.
+
+        Raises:
+            ValueError: a width that was not trained.
+        """
+        if width not in self.widths:
+            raise ValueError(f"width {width} is none of the nested widths {self.widths}")
+        return normalize(embedding[..., :width], dim=-1)
+
+
+class MultimodalProjector(nn.Module):
+    """Prefix tokens for a language decoder, from the tokens of a tower.
+
+    Args:
+        in_dim: width of the tokens.
+        out_dim: width of the decoder's embeddings.
+        tokens: how many prefix tokens (equal runs of the real tokens are averaged); None keeps every token.
+        hidden_dim: width of the MLP; None takes `out_dim`.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, tokens: int | None = None, hidden_dim: int | None = None):
+        super().__init__()
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"tokens is {tokens}; it must be at least 1, or null to keep every token")
+        self.tokens = tokens
+        self.head = ProjectionHead(in_dim, out_dim, hidden_dim or out_dim)
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        """`[batch, tokens, in_dim]` and mask to `[batch, prefix, out_dim]` and mask."""
+        values, mask = tokens.tokens, tokens.mask
+        if self.tokens is not None:
+            shares = segment_shares(mask, self.tokens).to(values.dtype)
+            values = shares @ values.masked_fill(~mask[..., None], 0.0)
+            mask = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
+        return Tokens(self.head(values), mask)

@@ -1,0 +1,286 @@
+"""Pictures of a run: training curves, recall by embedding width, and what was found for real queries.
+
+All are PNG files in one style. Colours are those of Okabe and Ito (2008), which colour-blind readers can tell
+apart; every line also has its own marker, and right answers have a tick beside their colour.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edge_glass.evaluation.names import DIRECTIONS, MetricName
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+INK, MUTED, FAINT = "#222222", "#6B6B6B", "#DDDDDD"
+COLOURS = dict(zip(DIRECTIONS, (BLUE, SKY, VERMILION, ORANGE, GREEN, PURPLE), strict=True))
+MARKERS = dict(zip(DIRECTIONS, "oosD^v", strict=True))
+STYLE = {
+    "font.size": 10,
+    "font.family": "DejaVu Sans",
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#EBEBEB",
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+}
+DPI = 150
+
+
+@dataclass
+class Card:
+    """One thing to show: its name and, if it has one, its drawing or its recording.
+
+    Attributes:
+        name: what it is called.
+        picture: `[3, height, width]` uint8.
+        waveform: `[samples]` float at 16 kHz, drawn as a mel spectrogram.
+    """
+
+    name: str
+    picture: np.ndarray | None = None
+    waveform: np.ndarray | None = None
+
+
+@dataclass
+class Found:
+    """A query, its nearest gallery items, and which of them are right."""
+
+    query: Card
+    answers: list[Card]
+    right: list[bool]
+
+
+def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> bool:
+    """Draw the loss of each step and the validation recall beside it.
+
+    Args:
+        rows: of `metrics.jsonl`.
+        path: the PNG to write.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    train = [row for row in rows if row.get("kind") == "train" and "loss" in row]
+    view, curves = _validation_curves(rows)
+    panels = [bool(train), bool(curves)]
+    if not any(panels):
+        return False
+    with _styled():
+        figure, axes = _figure((0.4 + 4.8 * sum(panels), 3.8), columns=sum(panels))
+        if train:
+            losses = np.array([row["loss"] for row in train], dtype=float)
+            steps = [row["step"] for row in train]
+            axes[0].plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.8)
+            axes[0].plot(steps, _smooth(losses), color=BLUE, linewidth=2)
+            axes[0].set(title="Training loss", xlabel="step", ylabel="loss")
+        if curves:
+            for direction, points in curves.items():
+                axes[-1].plot(*zip(*points, strict=True), **_line(*direction))
+            axes[-1].set(title=f"Recall@1 during training ({view})", xlabel="step", ylabel="R@1", ylim=(0, 1))
+            axes[-1].legend(fontsize=8.5, ncols=2, loc="best")
+        _save(figure, path)
+    return True
+
+
+def recall_by_width(
+    metrics: Mapping[str, float], path: str | Path, view: str = "test", full_width: int | None = None
+) -> bool:
+    """Draw Recall@1 of every direction against the embedding's width.
+
+    Args:
+        metrics: of `summary.json`.
+        path: the PNG to write.
+        view: which queries and galleries.
+        full_width: of the embedding. Metric names tell the narrower widths only; when it is not known, the
+            full width is placed at twice the widest of them and called "full".
+
+    Returns:
+        Whether there was anything to draw: a view with more than one width.
+    """
+    found = [(name, value) for text, value in metrics.items() if (name := MetricName.parse(text))]
+    found = [(n, value) for n, value in found if n.view == view and n.metric == "R@1" and n.of is None]
+    full = full_width or 2 * max((n.width for n, _ in found if n.width), default=0)
+    curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for name, value in found:
+        curves.setdefault((name.query, name.answer), []).append((name.width or full, value))
+    curves = {
+        direction: sorted(curves[direction]) for direction in DIRECTIONS if len(curves.get(direction, [])) > 1
+    }
+    if not curves:
+        return False
+    with _styled():
+        figure, (axes,) = _figure((6.4, 4.2))
+        axes.set_xscale("log", base=2)
+        for direction, points in curves.items():
+            xs, ys = zip(*points, strict=True)
+            axes.plot(xs, ys, **_line(*direction))
+        widths = sorted({width for points in curves.values() for width, _ in points})
+        axes.set_xticks(widths, [str(width) if width < full or full_width else "full" for width in widths])
+        axes.minorticks_off()
+        axes.set(
+            title=f"Recall@1 by embedding width ({view})", xlabel="leading dimensions used", ylabel="R@1"
+        )
+        axes.set_ylim(0, 1)
+        axes.legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        _save(figure, path)
+    return True
+
+
+def retrieval_gallery(sections: Mapping[str, Sequence[Found]], path: str | Path, title: str = "") -> bool:
+    """Draw queries on the left and the nearest items to their right, right ones framed in green with a tick.
+
+    Args:
+        sections: heading (say "drawing → name") -> queries with their answers.
+        path: the PNG to write.
+        title: above everything.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    sections = {heading: rows for heading, rows in sections.items() if rows}
+    if not sections:
+        return False
+    card, label, gap, head, margin = 1.15, 0.42, 0.14, 0.5, 0.25  # inches
+    most = max(len(found.answers) for rows in sections.values() for found in rows)
+    count = sum(map(len, sections.values()))
+    top = 0.5 if title else 0.1
+    width = 2 * margin + card + 3 * gap + most * (card + gap)
+    height = margin + top + len(sections) * head + count * (card + label)
+    with _styled():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+        if title:
+            figure.text(margin / width, 1 - 0.3 / height, title, fontsize=13, weight="bold", va="center")
+        y = height - top
+        for heading, rows in sections.items():
+            figure.text(margin / width, (y - 0.27) / height, heading, fontsize=11, weight="bold", va="center")
+            y -= head
+            for found in rows:
+                marks: list[bool | None] = [None, *found.right]
+                for column, (item, right) in enumerate(
+                    zip([found.query, *found.answers], marks, strict=True)
+                ):
+                    x = margin + column * (card + gap) + (2 * gap if column else 0)
+                    box = (x / width, (y - card) / height, card / width, card / height)
+                    _draw_card(figure.add_axes(box), item, right)
+                y -= card + label
+        figure.savefig(_prepared(path))
+    return True
+
+
+def _draw_card(axes: "Axes", card: Card, right: bool | None) -> None:
+    """One square: picture, spectrogram or word; `right` is None for a query."""
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    edge = GREEN if right else FAINT if right is False else INK
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=edge, linewidth=3 if right else 1.2)
+    only_word = card.picture is None and card.waveform is None
+    if card.picture is not None:
+        picture = np.moveaxis(card.picture, 0, -1)[::-1]
+        axes.imshow(picture, origin="lower", extent=(0.07, 0.93, 0.07, 0.93), interpolation="lanczos")
+    elif card.waveform is not None:
+        extent = (0.04, 0.96, 0.04, 0.96)
+        axes.imshow(_mel_picture(card.waveform), origin="lower", extent=extent, cmap="magma", aspect="auto")
+    else:
+        axes.set_facecolor("#F6F6F4")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    lines = textwrap.wrap(
+        card.name, 13 if only_word else 17, max_lines=5 if only_word else 2, placeholder=" …"
+    )
+    text = "\n".join(lines) if card.waveform is None else "“" + "\n".join(lines) + "”"
+    if only_word:
+        axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=9.5)
+    else:
+        axes.text(
+            0.5, -0.06, text, ha="center", va="top", fontsize=7.5, color=MUTED if right is False else INK
+        )
+    if right:
+        badge = {"boxstyle": "circle,pad=0.2", "color": GREEN}
+        axes.text(
+            0.98, 0.98, "✓", ha="center", va="center", fontsize=9, weight="bold", color="white", bbox=badge
+        )
+
+
+def _mel_picture(waveform: np.ndarray) -> np.ndarray:
+    """Log-mel spectrogram `[bands, frames]` with 60 dB of range."""
+    import torch
+
+    from edge_glass.evaluation.baselines import log_mel
+
+    mel = log_mel(torch.as_tensor(np.asarray(waveform)), bands=64).numpy()
+    return mel.clip(min=mel.max() - 6)
+
+
+def _validation_curves(
+    rows: Sequence[Mapping[str, Any]],
+) -> tuple[str, dict[tuple[str, str], list[tuple[int, float]]]]:
+    """The view `val`, or the first one met, and direction -> (step, R@1) of its evaluations."""
+    found: dict[str, dict[tuple[str, str], list[tuple[int, float]]]] = {}
+    for row in rows:
+        for text, value in row.items() if row.get("kind") == "eval" else ():
+            name = MetricName.parse(text)
+            if name and name.metric == "R@1" and name.width is None and name.of is None:
+                curves = found.setdefault(name.view, {})
+                curves.setdefault((name.query, name.answer), []).append((row["step"], value))
+    view = "val" if "val" in found else next(iter(found), "")
+    return view, {
+        direction: found[view][direction] for direction in DIRECTIONS if direction in found.get(view, {})
+    }
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Running mean over a twentieth of the run, shorter at the ends."""
+    reach = max(1, len(values) // 40)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    low = np.maximum(np.arange(len(values)) - reach, 0)
+    high = np.minimum(np.arange(len(values)) + reach + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def _line(query: str, answer: str) -> dict[str, Any]:
+    """How a direction's curve looks in every figure."""
+    direction = (query, answer)
+    look = {"color": COLOURS[direction], "marker": MARKERS[direction], "markersize": 4.5, "linewidth": 1.8}
+    return {"label": f"{query} → {answer}", **look}
+
+
+def _styled():
+    import matplotlib
+
+    return matplotlib.rc_context(STYLE)
+
+
+def _figure(size: tuple[float, float], columns: int = 1) -> tuple["Figure", Sequence["Axes"]]:
+    """A figure that is no part of pyplot's global state, so that nothing needs closing."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _save(figure: "Figure", path: str | Path) -> None:
+    figure.savefig(_prepared(path), bbox_inches="tight", pad_inches=0.15)
+
+
+def _prepared(path: str | Path) -> Path:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return Path(path)

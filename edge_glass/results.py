@@ -1,0 +1,200 @@
+"""The last word on a run: figures on the test views, baselines beside them, tables and pictures."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edge_glass.config import ConfigError, load_config
+from edge_glass.data.datasets import MediaReader
+from edge_glass.data.decode import Undecodable
+from edge_glass.data.rows import Rows
+from edge_glass.evaluation.baselines import nearest_neighbour, pixel_features, speech_features
+from edge_glass.evaluation.evaluate import Embedded, ViewResult, examples
+from edge_glass.evaluation.views import Views
+from edge_glass.experiment import Experiment, build_experiment
+from edge_glass.reports.figures import Card, Found, retrieval_gallery
+from edge_glass.reports.report import FIGURES, draw_figures, terminal_table, write_report
+from edge_glass.runs import CONFIG, SUMMARY, read_json, write_json
+from edge_glass.training.checkpoints import Checkpoints, load_weights
+
+WORDS = {"image": "drawing", "audio": "speech", "text": "name"}
+BASELINES = {"image": "nearest_pixels", "audio": "nearest_log_mel"}
+GALLERY_DIRECTIONS = (
+    ("image", "text"),
+    ("audio", "text"),
+    ("image", "audio"),
+    ("audio", "image"),
+    ("text", "image"),
+)
+
+
+@dataclass
+class RunResults:
+    """What `evaluate_run` found.
+
+    Attributes:
+        views: figures of the test views.
+        metrics: those, and the validation figures of the end of training.
+        baselines: chance and nearest neighbours.
+        skipped: rows that could not be decoded, sample id -> reason.
+        gallery: heading -> queries with their answers, for the picture.
+    """
+
+    views: ViewResult
+    metrics: dict[str, float]
+    baselines: dict[str, float]
+    skipped: dict[str, str]
+    gallery: dict[str, list[Found]] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """The part of summary.json that this is."""
+        return {"metrics": self.metrics, "baselines": self.baselines, "sizes": self.views.sizes}
+
+    def show(self, run_dir: Path, summary: Mapping[str, Any]) -> None:
+        """Draw the figures, write report.md and print the table."""
+        retrieval_gallery(self.gallery, run_dir / FIGURES / "retrieval_gallery.png")
+        draw_figures(run_dir, summary)
+        report = write_report(run_dir)
+        print(f"\n{terminal_table(summary)}\nreport: {report}", flush=True)
+
+
+def evaluate_run(experiment: Experiment, run_dir: Path, validation: Mapping[str, float]) -> RunResults:
+    """Evaluate a trained experiment on every view of its data set but the validation one.
+
+    Args:
+        experiment: with the weights to judge.
+        run_dir: the run's folder.
+        validation: the last validation figures.
+    """
+    dataset = experiment.config.dataset
+    names = [name for name in dataset.views if name != dataset.validation_view] or list(dataset.views)
+    views = experiment.views(names)
+    embedded = views.embed(experiment.task, experiment.device)
+    result = views.measure(embedded)
+    baselines = {**result.chance, **_nearest(experiment, views, names[0], embedded)}
+    return RunResults(
+        views=result,
+        metrics={**result.metrics, **validation},
+        baselines=baselines,
+        skipped={sample: row.reason for sample, row in views.skipped.items()},
+        gallery=_gallery(views, names[0], embedded),
+    )
+
+
+def evaluate_folder(folder: str, checkpoint: str = "last", device: str = "auto") -> dict[str, Any]:
+    """Evaluate the checkpoint of a finished or stopped run and write its summary, figures and report anew.
+
+    Args:
+        folder: the run's folder.
+        checkpoint: `last` or `best`.
+        device: `auto`, `cpu` or `cuda`.
+
+    Returns:
+        The summary.
+
+    Raises:
+        UserError: no run there, or no checkpoint that fits it.
+    """
+    run_dir = Path(folder).expanduser()
+    if checkpoint not in ("last", "best"):
+        raise ConfigError(f"checkpoint={checkpoint!r}: give 'last' or 'best'")
+    if not (run_dir / CONFIG).is_file():
+        raise ConfigError(f"run={folder}: no run there ({run_dir / CONFIG} is missing)")
+    weights = Checkpoints(run_dir).find(checkpoint)
+    config = load_config(run_dir / CONFIG)
+    config.training.device = device
+    experiment = build_experiment(config)
+    load_weights(experiment.task, weights)
+    path = run_dir / SUMMARY
+    summary = read_json(path) if path.is_file() else {"name": config.name}
+    view = config.dataset.validation_view
+    validation = experiment.views([view]).evaluate(experiment.task, experiment.device).metrics if view else {}
+    results = evaluate_run(experiment, run_dir, validation)
+    summary |= {"checkpoint": checkpoint, "evaluated": weights.name, **results.summary()}
+    write_json(path, summary)
+    results.show(run_dir, summary)
+    return summary
+
+
+def _nearest(
+    experiment: Experiment, views: Views, view: str, embedded: Mapping[str, Embedded]
+) -> dict[str, float]:
+    """What the nearest training drawing or clip, untrained, would have answered in the first test view."""
+    queries, _ = views.rows_of(view, embedded)
+    found = {}
+    for modality, rows in experiment.training_rows().items():
+        if modality not in queries:
+            continue
+        asked = embedded[modality].take(queries[modality].nonzero().flatten())
+        test_rows = experiment.tables[modality].where({"sample_id": asked.sample_ids})
+        train, train_ids, _ = _raw_features(rows, modality, experiment)
+        test, test_ids, samples = _raw_features(test_rows, modality, experiment)
+        known = torch.isin(test_ids, train_ids)
+        if not known.any():
+            continue
+        sources = [views.sources.get(sample, "") for sample, keep in zip(samples, known.tolist(), strict=True) if keep]
+        figures = nearest_neighbour(train, train_ids, test[known], test_ids[known], sources)
+        for name, value in figures.items():
+            metric, *source = name.split("/", 1)
+            if source != [""]:
+                found["/".join([view, f"{modality}_to_text", metric, BASELINES[modality], *source])] = value
+    return found
+
+
+def _raw_features(rows: Rows, modality: str, experiment: Experiment) -> tuple[Tensor, Tensor, list[str]]:
+    """Features of the readable rows before any training, their concept ids, their sample ids."""
+    reader = MediaReader(rows, modality, replace(experiment.decoding, keep_mb=0))
+    concepts = rows.column("concept_id")
+    media, ids, samples = [], [], []
+    for row in range(len(rows)):
+        try:
+            media.append(reader.read(row))
+        except Undecodable:
+            continue  # counted where the row was trained or embedded
+        ids.append(concepts[row])
+        samples.append(reader.sample_ids[row])
+    features = pixel_features(torch.stack(media)) if modality == "image" else speech_features(media)
+    return features, torch.tensor(ids), samples
+
+
+def _gallery(views: Views, view: str, embedded: Mapping[str, Embedded]) -> dict[str, list[Found]]:
+    """A few queries in each direction with their nearest answers, as pictures, sounds and words."""
+    queries, galleries = views.rows_of(view, embedded)
+    shown = {}
+    for query, answer in GALLERY_DIRECTIONS:
+        if query not in embedded or answer not in galleries:
+            continue
+        asking = queries.get(query)
+        if asking is None:  # text: the names of concepts that the answering modality asks about
+            concepts = embedded[answer].concept_ids[queries[answer]]
+            asking = torch.isin(embedded[query].concept_ids, concepts)
+        ranked = galleries[answer]
+        if answer == "audio":  # one voice, as in the figures
+            first = views.sources.get(embedded[answer].sample_ids[int(ranked.nonzero()[0])], "")
+            ranked = ranked & torch.tensor([source == first for source in embedded[answer].sources])
+        found = examples(embedded[query], embedded[answer], asking, ranked, count=3)
+        shown[f"{WORDS[query]} → {WORDS[answer]}"] = [
+            Found(
+                _card(views, embedded, query, example.query),
+                [_card(views, embedded, answer, row) for row in example.answers],
+                example.right,
+            )
+            for example in found
+        ]
+    return shown
+
+
+def _card(views: Views, embedded: Mapping[str, Embedded], modality: str, row: int) -> Card:
+    sample = embedded[modality].sample_ids[row]
+    batches = views.batches[modality]
+    place = batches.places[sample]
+    name = batches.captions[place]
+    if batches.reader is None:
+        return Card(name)
+    media: np.ndarray = batches.reader.read(place).numpy()
+    return Card(name, picture=media) if modality == "image" else Card(name, waveform=media)

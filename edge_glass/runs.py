@@ -1,0 +1,95 @@
+"""A run's folder: where its files are, and how a stopped run is taken up again."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from edge_glass.config import ConfigError
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+CHECKPOINTS = "checkpoints"
+
+
+def resumed(folder: str, overrides: list[str]) -> tuple[DictConfig, Path]:
+    """The config of a stopped run with the command line's values on top, and its folder, in which it goes on.
+
+    Args:
+        folder: a run's folder.
+        overrides: of the command line, as `key=value`.
+
+    Raises:
+        ConfigError: not a run's folder, or an override that would make it another model.
+    """
+    run_dir = Path(folder).expanduser()
+    if not (run_dir / CONFIG).is_file():
+        raise ConfigError(
+            f"training.resume={folder}: no run there ({run_dir / CONFIG} is missing); a run folder looks like "
+            "outputs/<date>/<name>-<time>"
+        )
+    config = OmegaConf.load(run_dir / CONFIG)
+    assert isinstance(config, DictConfig)
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if key.split(".")[0] not in ("training", "logger", "launch"):
+            raise ConfigError(
+                f"{override}: a resumed run keeps its own config ({run_dir / CONFIG}); only training.*, logger.* and "
+                "launch.* may change. Leave training.resume out to start a new run"
+            )
+        try:
+            OmegaConf.update(config, key, OmegaConf.create(f"value: {value}")["value"])
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{override}: {str(error).splitlines()[0]}") from error
+    return config, run_dir
+
+
+def discard_if_empty(folder: Path) -> None:
+    """Remove the folder that Hydra made for a run that never started."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+        if not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """The value that `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line that a killed run left half-written is passed over."""
+    path = run_dir / METRICS
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def keep_metrics_until(run_dir: Path, step: int) -> None:
+    """Forget the rows after `step`: a resumed run writes them again."""
+    rows = [row for row in read_metrics(run_dir) if row.get("step", 0) <= step]
+    temporary = run_dir / f".{METRICS}.tmp"
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, run_dir / METRICS)
+
+
+def append_metrics(run_dir: Path, row: Mapping[str, Any]) -> None:
+    """Add one row to metrics.jsonl."""
+    with (run_dir / METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")

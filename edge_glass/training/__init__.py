@@ -1,0 +1,1 @@
+"""The loop that trains a task: accumulation, precision, checkpoints, callbacks."""

@@ -1,0 +1,118 @@
+"""Gradient accumulation that is exact for losses which compare the samples of a batch with each other."""
+
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from edge_glass.data.batch import Batch
+from edge_glass.tasks import AlignmentTask, LossGradient
+
+
+def accumulate_exact(
+    task: AlignmentTask | DistributedDataParallel,
+    micro_batches: list[Batch],
+    *,
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Adds to `.grad` the gradient of the loss over all micro-batches together, as if they were one batch.
+
+    A contrastive loss compares every sample with every other, so the mean of the losses of micro-batches is
+    another, easier loss. Here all micro-batches are embedded without gradient, the loss over all embeddings
+    gives its gradient in each, and every micro-batch is embedded again to pass its gradient on (GradCache:
+    Gao et al. 2021, https://arxiv.org/abs/2101.06983). Memory is that of one micro-batch, time one more
+    forward pass. The second pass repeats the first one's random numbers, so dropout drops the same;
+    afterwards the generators stand where embedding each micro-batch once would have left them. A single
+    micro-batch takes the plain way.
+
+    Under DistributedDataParallel the gradients are averaged once, with the last micro-batch. Those of the
+    loss's own parameters (temperatures) travel with it.
+
+    Batch normalisation sees micro-batches, not the whole batch: statistics are those of each micro-batch, and
+    running statistics are updated once by each.
+
+    Args:
+        task: an `AlignmentTask`, bare or in DistributedDataParallel.
+        micro_batches: on the task's device, with the same modalities in each. On every rank the same number.
+        scale: applied to the loss before it is differentiated, such as `GradScaler.scale`.
+        autocast: makes the context of each forward pass, such as
+            `functools.partial(torch.autocast, "cuda", torch.bfloat16)`; the backward passes run outside it.
+
+    Returns:
+        The loss, unscaled and without gradient, and the figures for the log.
+
+    Raises:
+        ValueError: no micro-batch, or micro-batches of different modalities.
+    """
+    if not micro_batches:
+        raise ValueError("no micro-batch to accumulate over; give at least one")
+    if len(micro_batches) == 1:
+        with autocast():
+            loss, figures = task(micro_batches[0])
+        scale(loss).backward()
+        return loss.detach(), figures
+
+    bare = cast(AlignmentTask, task.module if isinstance(task, DistributedDataParallel) else task)
+    parts, random_states = _embed_without_gradient(bare, micro_batches, autocast)
+    concept_ids = torch.cat([batch.concept_ids for batch in micro_batches])
+    embeddings = {name: torch.cat([part[name] for part in parts]).requires_grad_() for name in parts[0]}
+    with autocast():
+        loss, figures = bare.loss_of(embeddings, concept_ids)
+    sources = [*embeddings.values(), *bare.loss_parameters()]
+    gradients = torch.autograd.grad(scale(loss), sources, materialize_grads=True)
+
+    sizes = [len(batch.concept_ids) for batch in micro_batches]
+    by_modality = {name: known.split(sizes) for name, known in zip(embeddings, gradients, strict=False)}
+    for i, (batch, random_state) in enumerate(zip(micro_batches, random_states, strict=True)):
+        gradient = LossGradient({name: known[i] for name, known in by_modality.items()})
+        last = i == len(micro_batches) - 1
+        if last:
+            gradient.parameters = list(gradients[len(embeddings) :])
+        random_state.restore()
+        with task.no_sync() if isinstance(task, DistributedDataParallel) and not last else nullcontext():
+            with autocast():
+                stand_in = task(batch, gradient)
+            stand_in.backward()
+    return loss.detach(), figures
+
+
+@torch.no_grad()
+def _embed_without_gradient(
+    task: AlignmentTask, micro_batches: list[Batch], autocast: Callable[[], AbstractContextManager]
+) -> tuple[list[dict[str, Tensor]], list["_RandomState"]]:
+    """The embeddings of each micro-batch and the random state it began with; buffers stay as they were."""
+    buffers = {name: buffer.clone() for name, buffer in task.named_buffers()}
+    parts, random_states = [], []
+    for batch in micro_batches:
+        random_states.append(_RandomState())
+        with autocast():
+            parts.append(task.encode(batch))
+    for name, buffer in task.named_buffers():
+        buffer.copy_(buffers[name])
+    modalities = [sorted(part) for part in parts]
+    if any(names != modalities[0] for names in modalities):
+        raise ValueError(f"micro-batches must hold the same modalities, these hold {modalities}")
+    return parts, random_states
+
+
+class _RandomState:
+    """The state of all generators that a forward pass may draw from (Whisper's masking uses numpy's)."""
+
+    def __init__(self) -> None:
+        self.torch = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        self.numpy = np.random.get_state()
+        self.python = random.getstate()
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.torch)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)

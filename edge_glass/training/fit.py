@@ -1,0 +1,197 @@
+"""One run, from its config to its report; what every rank executes."""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from edge_glass.config import save_config, to_experiment
+from edge_glass.data.rows import data_hash
+from edge_glass.distributed import barrier, current_ranks
+from edge_glass.experiment import Experiment, build, build_experiment, set_threads
+from edge_glass.models.alignment import format_parameter_table, parameter_table
+from edge_glass.results import evaluate_run
+from edge_glass.runs import CONFIG, SUMMARY, keep_metrics_until, write_json
+from edge_glass.tasks import AlignmentTask
+from edge_glass.training.checkpoints import Checkpoints, load_state, load_weights
+from edge_glass.training.logs import open_sinks
+from edge_glass.training.loop import Limits, Trainer
+from edge_glass.training.optimization import parameter_groups
+from edge_glass.training.summary import commit, peak_memory_mb, skipped_rows, versions
+
+log = logging.getLogger(__name__)
+
+
+def fit(config: dict[str, Any], run_dir: str) -> float | None:
+    """Train, evaluate, report.
+
+    Args:
+        config: resolved, as plain containers.
+        run_dir: the run's folder; if it holds a checkpoint and `training.resume` is set, the run goes on from it.
+
+    Returns:
+        The figure that `training.monitor` names, of the last evaluation; None without one. On every rank but the first
+        None.
+
+    Raises:
+        UserError: for everything that the user can mend.
+    """
+    experiment_config = to_experiment(OmegaConf.create(config))
+    set_threads(experiment_config)
+    with connected_ranks():
+        experiment = build_experiment(experiment_config)
+        return Run(experiment, Path(run_dir)).run()
+
+
+class Run:
+    """The life of one run on this rank.
+
+    Args:
+        experiment: the parts.
+        run_dir: the run's folder.
+    """
+
+    def __init__(self, experiment: Experiment, run_dir: Path):
+        self.experiment = experiment
+        self.config = experiment.config
+        self.run_dir = run_dir
+        self.main = current_ranks().rank == 0
+        self.checkpoints = Checkpoints(run_dir, self.config.training.keep_last)
+        self.last_figures: dict[str, float] = {}
+
+    def run(self) -> float | None:
+        began = time.monotonic()
+        trainer = self._trainer()
+        if self.main:
+            self._open_folder()
+        if self.config.training.resume:
+            self._resume(trainer)
+        stopped_by = trainer.run()
+        for sink in trainer.sinks:
+            sink.close()
+        if not self.main:
+            barrier()
+            return None
+        if self.config.training.test_checkpoint == "best":
+            load_weights(self.experiment.task, self.checkpoints.find("best"))
+        summary = self._summary(trainer, stopped_by)
+        write_json(self.run_dir / SUMMARY, summary)  # before the evaluation, so that its failure costs no figures
+        results = evaluate_run(self.experiment, self.run_dir, self.last_figures)
+        summary |= results.summary()
+        skipped = trainer.progress.skipped | results.skipped
+        rows = sum(len(table) for table in self.experiment.tables.values())
+        summary["skipped_rows"] = skipped_rows(skipped, rows)
+        summary["total_seconds"] = round(time.monotonic() - began, 2)
+        write_json(self.run_dir / SUMMARY, summary)
+        results.show(self.run_dir, summary)
+        barrier()
+        monitor = self.config.training.monitor
+        return self.last_figures.get(monitor) if monitor else None
+
+    def _trainer(self) -> Trainer:
+        config, task = self.config, self.experiment.task
+        batches = self.experiment.training_batches()
+        options = OmegaConf.to_container(config.optimization.optimizer)
+        assert isinstance(options, dict)
+        groups = parameter_groups(task, options.get("weight_decay", 0.0))
+        optimizer = build(config.optimization.optimizer, params=groups)
+        view = config.dataset.validation_view
+        validation = self.experiment.views([view]) if view is not None and self.main else None
+
+        def evaluate(task: AlignmentTask) -> dict[str, float]:
+            assert validation is not None
+            figures = validation.evaluate(task, self.experiment.device).metrics
+            self.last_figures = figures | {f"{view}/mean/R@1": mean_over_directions(figures)}
+            return self.last_figures
+
+        plain = OmegaConf.to_container(config)
+        assert isinstance(plain, dict)
+        return Trainer(
+            task,
+            optimizer,
+            build(config.optimization.scheduler, optimizer=optimizer),
+            batches,
+            batches.epoch_length,
+            Limits(
+                config.training.max_steps,
+                config.training.max_seconds,
+                config.training.eval_every,
+                config.training.save_every,
+                config.training.log_every,
+                config.dataset.max_bad_share,
+            ),
+            config.optimization.accumulation,
+            config.training.precision.value,
+            config.optimization.clip_norm,
+            evaluate if validation is not None else None,
+            config.training.monitor if validation is not None else None,
+            self.checkpoints,
+            open_sinks(self.run_dir, plain["logger"], plain) if self.main else [],
+        )
+
+    def _open_folder(self) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(self.config, self.run_dir / CONFIG)
+        rows = parameter_table(self.experiment.task.model)
+        print(f"run folder: {self.run_dir}\n\n{format_parameter_table(rows)}\n", flush=True)
+
+    def _resume(self, trainer: Trainer) -> None:
+        folder = self.checkpoints.find("last")
+        state = load_state(folder)
+        load_weights(self.experiment.task, folder)
+        trainer.restore(state)
+        if self.main:
+            keep_metrics_until(self.run_dir, trainer.progress.step)
+            log.info("going on after step %d of %s", trainer.progress.step, self.run_dir)
+        barrier()
+
+    def _summary(self, trainer: Trainer, stopped_by: str) -> dict[str, Any]:
+        progress = trainer.progress
+        return {
+            "name": self.config.name,
+            "steps": progress.step,
+            "stopped_by": stopped_by,
+            "seconds": round(progress.seconds, 2),
+            "samples": progress.samples,
+            "samples_per_second": round(progress.samples / max(progress.seconds, 1e-9), 2),
+            "peak_memory_mb": round(peak_memory_mb(self.experiment.device), 1),
+            "nonfinite_steps": progress.nonfinite_steps,
+            "world_size": current_ranks().world_size,
+            "embedding_width": self.config.encoder.dim,
+            "best": self.checkpoints.best(),
+            "checkpoint": self.config.training.test_checkpoint,
+            "parameters": parameter_table(self.experiment.task.model),
+            "versions": versions(),
+            "commit": commit(),
+            "data_hash": data_hash(self.experiment.tables.values()),
+        }
+
+
+def mean_over_directions(figures: dict[str, float]) -> float:
+    """The mean R@1 at full width over the directions that a view has."""
+    values = [value for name, value in figures.items() if name.endswith("/R@1")]
+    return sum(values) / len(values)
+
+
+@contextlib.contextmanager
+def connected_ranks() -> Iterator[None]:
+    """This rank's place in its world, given up at the end."""
+    ranks = current_ranks()
+    logging.basicConfig(level=logging.INFO if ranks.rank == 0 else logging.ERROR, format="%(levelname)s: %(message)s")
+    if ranks.world_size == 1 and "RANK" not in os.environ:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,352 @@
+"""The loop: steps, with everything that happens between them."""
+
+import logging
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+
+from edge_glass.data.batch import Batch, SkippedRow
+from edge_glass.distributed import all_mean, barrier, current_ranks
+from edge_glass.errors import UserError
+from edge_glass.tasks import AlignmentTask
+from edge_glass.training.accumulation import accumulate_exact
+from edge_glass.training.checkpoints import Checkpoints
+from edge_glass.training.logs import Sink
+
+log = logging.getLogger(__name__)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingError(UserError):
+    """A run that cannot go on, for a reason in the data or the settings."""
+
+
+@dataclass
+class Limits:
+    """How long a run lasts and how often it looks up.
+
+    Attributes:
+        max_steps: optimizer steps.
+        max_seconds: of this process's training; None for no limit.
+        eval_every: steps between evaluations.
+        save_every: steps between checkpoints.
+        log_every: steps between rows in the log.
+        max_bad_share: share of the samples met that may be undecodable.
+        max_nonfinite: steps in a row that may be left out for a loss or gradient that is no number.
+    """
+
+    max_steps: int
+    max_seconds: float | None
+    eval_every: int
+    save_every: int
+    log_every: int
+    max_bad_share: float
+    max_nonfinite: int = 20
+
+
+@dataclass
+class Progress:
+    """How far a run is; part of every checkpoint.
+
+    Attributes:
+        step: optimizer steps tried (those left out for a NaN counted too).
+        seconds: training time, evaluations not counted, over all parts of a resumed run.
+        samples: samples met, over all ranks.
+        nonfinite_steps: steps that were left out.
+        skipped: undecodable rows that were met and replaced on this rank, sample id -> reason.
+        skips: how often that happened, over all ranks.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    samples: int = 0
+    nonfinite_steps: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)
+    skips: int = 0
+
+
+class Trainer:
+    """Trains a task until its limits.
+
+    Args:
+        task: on its device.
+        optimizer: over the task's trained parameters.
+        scheduler: stepped once a step.
+        batches: makes the endless training batches of this rank, the given number of global batches left out.
+        epoch_length: global batches an epoch.
+        limits: when to stop, evaluate, save, log.
+        accumulation: micro-batches a step; the loss is that of all of them as one batch.
+        precision: `fp32`, `bf16` or `fp16` for the forward passes.
+        clip_norm: largest norm of the gradient; None for no clipping.
+        evaluate: gives the validation figures of a task; called on rank 0 only.
+        monitor: the validation figure, higher is better, that names the best checkpoint.
+        checkpoints: where to save; None saves nothing.
+        sinks: where figures go; only rank 0 has any.
+    """
+
+    def __init__(
+        self,
+        task: AlignmentTask,
+        optimizer: Optimizer,
+        scheduler: LRScheduler,
+        batches: Callable[[int], Iterator[Batch]],
+        epoch_length: int,
+        limits: Limits,
+        accumulation: int = 1,
+        precision: str = "fp32",
+        clip_norm: float | None = None,
+        evaluate: Callable[[AlignmentTask], dict[str, float]] | None = None,
+        monitor: str | None = None,
+        checkpoints: Checkpoints | None = None,
+        sinks: list[Sink] | None = None,
+    ):
+        self.ranks = current_ranks()
+        self.task = task
+        self.device = next(task.parameters()).device
+        self.wrapped: nn.Module = task
+        if self.ranks.world_size > 1:
+            self.wrapped = DistributedDataParallel(
+                task, device_ids=[self.device.index] if self.device.type == "cuda" else None
+            )
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.batches = batches
+        self.epoch_length = epoch_length
+        self.limits = limits
+        self.accumulation = accumulation
+        self.precision = precision
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.clip_norm = math.inf if clip_norm is None else clip_norm
+        self.evaluate = evaluate
+        self.monitor = monitor
+        self.checkpoints = checkpoints
+        self.sinks = sinks or []
+        self.progress = Progress()
+        self.parameters = [p for p in task.parameters() if p.requires_grad]
+        self._recent: list[dict[str, Tensor]] = []
+        self._nonfinite_in_a_row: list[list[str]] = []
+
+    def run(self) -> str:
+        """Train; returns what ended the run: `max_steps` or `max_seconds`.
+
+        Raises:
+            TrainingError: too many undecodable rows, or a loss that stays no number.
+        """
+        limits, progress = self.limits, self.progress
+        bar = tqdm(
+            total=limits.max_steps, initial=progress.step, unit="step", disable=self.ranks.rank != 0, desc="train"
+        )
+        batches = self.batches(progress.step)
+        earlier = progress.seconds
+        began = time.monotonic()
+        away = 0.0  # evaluating and saving: not the speed of training
+        last_log, last_samples = began, progress.samples
+        stopped_by = "max_steps"
+        self.task.train()
+        while progress.step < limits.max_steps:
+            figures = self._step(next(batches))
+            progress.step += 1
+            progress.seconds = earlier + time.monotonic() - began - away
+            self._recent.append(figures)
+            out_of_time = self._out_of_time(time.monotonic() - began)
+            done = out_of_time or progress.step == limits.max_steps
+            if progress.step % limits.log_every == 0 or done:
+                now = time.monotonic()
+                speed = (progress.samples - last_samples) / max(now - last_log, 1e-9)
+                row = self._log(speed)
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:.0f} samples/s")
+                last_log, last_samples = now, progress.samples
+            bar.update()
+            pause = time.monotonic()
+            if progress.step % limits.eval_every == 0 or done:
+                self._validate(bar)
+            elif progress.step % limits.save_every == 0:
+                self.save()
+            paused = time.monotonic() - pause
+            away, last_log = away + paused, last_log + paused
+            if out_of_time:
+                stopped_by = "max_seconds"
+                break
+        bar.close()
+        return stopped_by
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment; every rank must call it."""
+        random_states = [_random_state()]
+        if self.ranks.world_size > 1:
+            gathered: list[Any] = [None] * self.ranks.world_size
+            dist.all_gather_object(gathered, random_states[0])
+            random_states = gathered
+        if self.checkpoints is not None and self.ranks.rank == 0:
+            self.checkpoints.save(
+                self.progress.step,
+                self.task,
+                {
+                    "optimizer": self.optimizer.state_dict(),
+                    "scheduler": self.scheduler.state_dict(),
+                    "scaler": self.scaler.state_dict(),
+                    "progress": vars(self.progress),
+                    "random_states": random_states,
+                },
+            )
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `save` wrote (the weights aside)."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        if len(state["random_states"]) == self.ranks.world_size:
+            _restore_random_state(state["random_states"][self.ranks.rank])
+
+    def _step(self, batch: Batch) -> dict[str, Tensor]:
+        self._count_skipped(batch)
+        micro_batches = [part.to(self.device) for part in batch.split(self.accumulation)]
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, figures = accumulate_exact(
+            self.wrapped,  # type: ignore[arg-type]
+            micro_batches,
+            scale=self.scaler.scale,
+            autocast=self._autocast,
+        )
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        # Gradients are averaged over ranks, so all ranks see the same norm and decide alike.
+        if bool(torch.isfinite(norm)):
+            self.scaler.step(self.optimizer)
+            self._nonfinite_in_a_row.clear()
+        else:
+            self._leave_out(batch, loss)
+        self.scaler.update()
+        self.scheduler.step()
+        return {"loss": loss, **figures, "gradient_norm": norm}
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.precision])
+
+    def _leave_out(self, batch: Batch, loss: Tensor) -> None:
+        # fp16 finds its loss scale by overflowing now and then: the scaler has halved it, nothing is wrong yet.
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.nonfinite_steps += 1
+        self._nonfinite_in_a_row.append(batch.sample_ids)
+        if len(self._nonfinite_in_a_row) <= self.limits.max_nonfinite:
+            log.warning(
+                "step %d left out: loss %s, gradient not finite (%d such steps so far)",
+                self.progress.step + 1,
+                float(loss),
+                self.progress.nonfinite_steps,
+            )
+            return
+        raise TrainingError(
+            f"the gradient was no finite number {len(self._nonfinite_in_a_row)} steps in a row (loss {float(loss)}); "
+            "lower optimization.optimizer.lr or set optimization.clip_norm. The last batch held "
+            f"{batch.sample_ids[:8]} ..."
+        )
+
+    def _count_skipped(self, batch: Batch) -> None:
+        progress = self.progress
+        skips = all_mean(float(len(batch.skipped))) * self.ranks.world_size
+        progress.samples += len(batch) * self.ranks.world_size
+        progress.skips += round(skips)
+        progress.skipped |= {row.sample_id: row.reason for row in batch.skipped}
+        # A share of what was met so far; the first batches are too few to judge by unless they are very bad.
+        allowed = self.limits.max_bad_share * max(progress.samples, 1000)
+        if progress.skips > allowed:
+            raise TrainingError(
+                f"{progress.skips} of {progress.samples} rows met could not be decoded, more than "
+                f"dataset.max_bad_share={self.limits.max_bad_share} allows:\n"
+                + describe_skipped([SkippedRow(*item) for item in progress.skipped.items()])
+            )
+
+    def _log(self, speed: float) -> dict[str, Any]:
+        row = {name: torch.stack([f[name].float() for f in self._recent]).mean() for name in self._recent[0]}
+        self._recent.clear()
+        figures = {name: float(all_mean(value)) for name, value in row.items()}
+        written = {
+            "kind": "train",
+            "step": self.progress.step,
+            "epoch": round(self.progress.step / self.epoch_length, 4),
+            **figures,
+            "lr": self.scheduler.get_last_lr()[0],
+            "samples_per_second": round(speed, 2),
+            "seconds": round(self.progress.seconds, 2),
+        }
+        for sink in self.sinks:
+            sink.write(written)
+        return written
+
+    def _validate(self, bar: tqdm) -> None:
+        self.save()
+        if self.evaluate is not None and self.ranks.rank == 0:
+            figures = self.evaluate(self.task)
+            for sink in self.sinks:
+                sink.write({"kind": "eval", "step": self.progress.step, **figures})
+            if self.monitor is not None and self.checkpoints is not None:
+                self._name_best(figures, self.monitor, bar)
+        barrier()
+        self.task.train()
+
+    def _name_best(self, figures: dict[str, float], monitor: str, bar: tqdm) -> None:
+        if monitor not in figures:
+            raise TrainingError(f"training.monitor={monitor}: not among the validation figures {sorted(figures)[:12]}")
+        assert self.checkpoints is not None
+        best = self.checkpoints.best()
+        better = best is None or best["metric"] != monitor or figures[monitor] > best["value"]
+        if better:
+            self.checkpoints.mark_best(self.progress.step, monitor, figures[monitor])
+        bar.write(
+            f"step {self.progress.step}: {monitor} {figures[monitor]:.3f}" + (" (best so far)" if better else "")
+        )
+
+    def _out_of_time(self, seconds: float) -> bool:
+        if self.limits.max_seconds is None:
+            return False
+        # Ranks' clocks differ by a little; they must agree on the step at which they stop.
+        return all_mean(float(seconds >= self.limits.max_seconds)) > 0
+
+
+def describe_skipped(rows: list[SkippedRow], most: int = 20) -> str:
+    """Reasons with their counts, then the rows."""
+    reasons = Counter(row.reason.split(":")[0] for row in rows)
+    lines = [f"  {count} x {reason}" for reason, count in reasons.most_common()]
+    lines += [f"  {row.sample_id}: {row.reason}" for row in rows[:most]]
+    if len(rows) > most:
+        lines.append(f"  ... and {len(rows) - most} more")
+    return "\n".join(lines)
+
+
+def _random_state() -> dict[str, Any]:
+    version, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
+    kind, internal, next_gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [version, keys.tolist(), place, has_gauss, gauss],
+        "python": [kind, list(internal), next_gauss],
+    }
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    version, keys, place, has_gauss, gauss = state["numpy"]
+    np.random.set_state((version, np.array(keys, dtype=np.uint32), place, has_gauss, gauss))
+    kind, internal, next_gauss = state["python"]
+    random.setstate((kind, tuple(internal), next_gauss))
