@@ -47,6 +47,10 @@ def _collectives() -> dict:
     # Each rank weighs the copies differently; what comes back to a row is the sum over ranks.
     weights = torch.arange(8.0).reshape(4, 2) * (ranks.rank + 1)
     (everyones * weights).sum().backward()
+    added = torch.zeros(2, 2, requires_grad=True), torch.zeros(2, 2, requires_grad=True)
+    (
+        (gather(added[0]) + gather(added[1])) * weights
+    ).sum().backward()  # both gathers get one and the same gradient
     uneven = torch.full((1 + 2 * ranks.rank, 2), float(ranks.rank), requires_grad=True)
     gather(uneven).square().sum().backward()
     try:
@@ -59,7 +63,7 @@ def _collectives() -> dict:
         "ranks": ranks,
         "main": is_main(),
         "gathered": everyones.detach(),
-        "gradient": mine.grad,
+        "gradients": [mine.grad, added[0].grad, added[1].grad],
         "uneven": gather(uneven).detach(),
         "uneven gradient": uneven.grad,
         "ids": gather(torch.tensor([ranks.rank])),
@@ -77,7 +81,8 @@ def test_ranks_exchange_rows_and_gradients():
     for rank, result in enumerate((first, second)):
         block = torch.arange(4.0).reshape(2, 2)
         assert torch.equal(result["gathered"], torch.cat([block, block + 10]))
-        assert torch.equal(result["gradient"], 3 * weights[2 * rank : 2 * rank + 2])
+        for gradient in result["gradients"]:
+            assert torch.equal(gradient, 3 * weights[2 * rank : 2 * rank + 2])
         assert torch.equal(result["uneven"], torch.tensor([0.0, 1.0, 1.0, 1.0])[:, None].expand(4, 2))
         assert torch.equal(result["uneven gradient"], torch.full((1 + 2 * rank, 2), 4.0 * rank))
         assert torch.equal(result["ids"], torch.tensor([0, 1]))

@@ -67,16 +67,14 @@ class AudioEncoder(Encoder):
             ValueError: a checkpoint of another architecture.
         """
 
-        def load(source: str, local_files_only: bool) -> AudioEncoder:
-            config = AutoConfig.from_pretrained(source, local_files_only=local_files_only)
+        def load(source: str) -> AudioEncoder:
+            config = AutoConfig.from_pretrained(source)
             if config.model_type != "whisper":
                 raise ValueError(
                     f"{name!r} holds a {config.model_type!r} model; the audio tower reads 'whisper'"
                 )
             encoder_only = {r"^(model\.)?encoder\.": ""}  # with and without the language modelling head
-            backbone = load_model(
-                WhisperEncoder, source, local_files_only, config=config, key_mapping=encoder_only
-            )
+            backbone = load_model(WhisperEncoder, source, config=config, key_mapping=encoder_only)
             return cls(backbone, frozen)
 
         return load_checkpoint(name, load)
@@ -197,9 +195,8 @@ def _spans(sizes: Tensor, width: int, share: float, length: int, fewest: int) ->
     most = max(fewest, int(share * width / length) + 1)
     wanted = share * sizes / length + torch.rand(len(sizes), device=sizes.device)  # rounds at random
     counts = wanted.long().clamp(min=fewest)
-    starts = (
-        torch.rand(len(sizes), most, device=sizes.device) * (sizes - length + 1).clamp(min=1)[:, None]
-    ).long()
+    choices = (sizes - length + 1).clamp(min=1)[:, None]
+    starts = (torch.rand(len(sizes), most, device=sizes.device) * choices).long()
     place = torch.arange(width, device=sizes.device)
     inside = (place >= starts[..., None]) & (place < starts[..., None] + length)  # [batch, spans, width]
     drawn = torch.arange(most, device=sizes.device) < counts[:, None]

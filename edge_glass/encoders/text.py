@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from edge_glass.encoders.tokens import Encoder, Tokens
 from edge_glass.encoders.weights import check_sha256, load_checkpoint, load_model
@@ -27,6 +28,8 @@ class TextEncoder(Encoder):
             0 computes every sentence anew.
     """
 
+    backbone: PreTrainedModel
+
     def __init__(
         self,
         backbone: PreTrainedModel,
@@ -43,7 +46,7 @@ class TextEncoder(Encoder):
         self.max_tokens = max_tokens
         self.memo_size = memo_size if frozen else 0
         self._memo: OrderedDict[str, Tensor] = OrderedDict()
-        self.register_load_state_dict_post_hook(lambda encoder, _: encoder._memo.clear())
+        self.register_load_state_dict_post_hook(_forget)
         if not frozen:
             self._freeze_unread(self._compute(["a"]).tokens)
 
@@ -71,14 +74,13 @@ class TextEncoder(Encoder):
             ValueError: model.safetensors has another digest.
         """
 
-        def load(source: str, local_files_only: bool) -> TextEncoder:
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
-            except ValueError as error:  # what transformers says where there are no files of a tokenizer
-                raise OSError(f"{source} has no tokenizer.json.") from error
+        def load(source: str) -> TextEncoder:
+            # Without this file transformers would invent a tokenizer that knows no word.
+            cached_file(source, "tokenizer.json")
+            tokenizer = AutoTokenizer.from_pretrained(source)
             if sha256 is not None:
-                check_sha256(source, local_files_only, sha256)
-            backbone = load_model(AutoModel, source, local_files_only)
+                check_sha256(source, sha256)
+            backbone = load_model(AutoModel, source)
             return cls(backbone, tokenizer, frozen, max_tokens, memo_size)
 
         return load_checkpoint(name, load)
@@ -114,3 +116,8 @@ class TextEncoder(Encoder):
         ).to(self.backbone.device)
         hidden = self.backbone(**encoded).last_hidden_state
         return Tokens(hidden, encoded["attention_mask"].bool())
+
+
+def _forget(encoder: TextEncoder, _incompatible_keys) -> None:
+    """Other weights give other tokens."""
+    encoder._memo.clear()

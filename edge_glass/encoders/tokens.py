@@ -1,13 +1,9 @@
 """What every encoder gives, and what every encoder promises."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -35,9 +31,9 @@ class Encoder(nn.Module):
         frozen: whether the backbone stays as it is.
     """
 
-    backbone: "PreTrainedModel"
+    backbone: nn.Module
 
-    def __init__(self, backbone: "PreTrainedModel", dim: int, frozen: bool):
+    def __init__(self, backbone: nn.Module, dim: int, frozen: bool):
         super().__init__()
         self.backbone = backbone
         self.dim = dim

@@ -25,6 +25,8 @@ class VisionEncoder(Encoder):
         token_count: how many tokens an image gives.
     """
 
+    backbone: PreTrainedModel
+
     def __init__(
         self, backbone: PreTrainedModel, image_size: int, mean: list[float], std: list[float], frozen: bool
     ):
@@ -74,12 +76,12 @@ class VisionEncoder(Encoder):
             WeightsNotFound: no such checkpoint, or one without image processor config.
         """
 
-        def load(source: str, local_files_only: bool) -> VisionEncoder:
-            config = AutoConfig.from_pretrained(source, local_files_only=local_files_only)
+        def load(source: str) -> VisionEncoder:
+            config = AutoConfig.from_pretrained(source)
             config = getattr(config, "vision_config", config)  # the image half of CLIP and its kin
-            processor = AutoImageProcessor.from_pretrained(source, local_files_only=local_files_only)
+            processor = AutoImageProcessor.from_pretrained(source)
             crop = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-            backbone = load_model(AutoModel, source, local_files_only, config=config)
+            backbone = load_model(AutoModel, source, config=config)
             size = crop["height"] if "height" in crop else crop["shortest_edge"]
             return cls(backbone, size, processor.image_mean, processor.image_std, frozen)
 
@@ -87,6 +89,11 @@ class VisionEncoder(Encoder):
 
     def _encode(self, inputs: Tensor) -> Tokens:
         """Args: inputs: `[batch, 3, image_size, image_size]`, normalised with `mean` and `std`."""
+        size = [self.image_size, self.image_size]
+        if list(inputs.shape[2:]) != size:
+            raise ValueError(
+                f"the vision tower reads images of {size} pixels; these are {list(inputs.shape[2:])}"
+            )
         tokens = _read(self.backbone, inputs)
         return Tokens(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
 

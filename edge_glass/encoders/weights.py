@@ -4,12 +4,13 @@ import difflib
 import hashlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig
 from transformers.utils import cached_file, logging
 
@@ -51,15 +52,16 @@ def checked_options(model_type: str, options: dict) -> dict:
     return options
 
 
-def load_checkpoint(name: str, load: Callable[[str, bool], Loaded]) -> Loaded:
-    """What `load(source, local_files_only)` reads from the checkpoint `name`.
+def load_checkpoint(name: str, load: Callable[[str], Loaded]) -> Loaded:
+    """What `load(source)` reads from the checkpoint `name`.
 
-    A folder or an installed package is read as it lies. A hub name is served from the hub's cache, and
-    downloaded only when something is missing there: a cached checkpoint needs no network and never changes.
+    A hub name is served from the hub's cache, and downloaded only when something is missing there: a cached
+    checkpoint needs no network and does not change.
 
     Args:
         name: a folder, `package:<package>/<folder in it>`, or a name on the Hugging Face hub.
-        load: reads all that is needed from `source`; with `local_files_only` it must not use the network.
+        load: reads all that is needed from `source`, a folder or (only to download) a hub name, and raises
+            OSError where something is missing.
 
     Raises:
         WeightsNotFound: nothing of that name, or not all that is needed.
@@ -68,19 +70,21 @@ def load_checkpoint(name: str, load: Callable[[str, bool], Loaded]) -> Loaded:
     with _quiet():
         if folder is not None:
             try:
-                return load(str(folder), True)
+                if not (folder / "config.json").is_file():
+                    raise OSError("it has no config.json.")
+                return load(str(folder))
             except OSError as error:
                 raise WeightsNotFound(
                     f"The folder {folder} holds no complete checkpoint: {_first_line(error)} "
                     "It needs the files that save_pretrained writes (weights as model.safetensors)."
                 ) from error
-        try:
-            return load(name, True)
-        except OSError:
-            pass  # not, or not wholly, in the cache
+        cached = _cached(name)
+        if cached is not None:
+            with suppress(OSError):  # a part is missing: ask the hub for it
+                return load(str(cached))
         try:
             _reach_hub(name)
-            return load(name, False)
+            return load(name)
         except OSError as error:
             raise WeightsNotFound(
                 f"No weights for {name!r}: there is no such folder, the cache {constants.HF_HUB_CACHE} lacks "
@@ -90,25 +94,20 @@ def load_checkpoint(name: str, load: Callable[[str, bool], Loaded]) -> Loaded:
             ) from error
 
 
-def load_model(model_class: Any, source: str, local_files_only: bool, **options) -> Any:
+def load_model(model_class: Any, source: str, **options) -> Any:
     """A transformers model in fp32 with every weight read from safetensors, never from pickle.
 
     Args:
         model_class: the transformers class, or an auto class.
         source: folder or hub name.
-        local_files_only: whether to stay off the network.
         **options: further arguments of `from_pretrained`.
 
     Raises:
+        OSError: no weights, or none in safetensors.
         ValueError: the checkpoint lacks weights of the model, which would stay random.
     """
     model, report = model_class.from_pretrained(
-        source,
-        use_safetensors=True,
-        dtype=torch.float32,
-        local_files_only=local_files_only,
-        output_loading_info=True,
-        **options,
+        source, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
     )
     # Poolers are often left out of checkpoints; no encoder here reads one.
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
@@ -120,14 +119,14 @@ def load_model(model_class: Any, source: str, local_files_only: bool, **options)
     return model
 
 
-def check_sha256(source: str, local_files_only: bool, sha256: str) -> None:
+def check_sha256(source: str, sha256: str) -> None:
     """Make sure that the weights of a checkpoint are the ones that were meant.
 
     Raises:
         ValueError: model.safetensors has another SHA-256 digest.
     """
-    path = cached_file(source, "model.safetensors", local_files_only=local_files_only)
-    with Path(str(path)).open("rb") as file:
+    path = Path(str(cached_file(source, "model.safetensors")))
+    with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256.lower():
         raise ValueError(
@@ -139,7 +138,7 @@ def check_sha256(source: str, local_files_only: bool, sha256: str) -> None:
 def _folder(name: str) -> Path | None:
     """The folder that `name` means, or None for a hub name."""
     if not name.startswith(PACKAGE):
-        return Path(name) if Path(name).is_dir() else None
+        return path if (path := Path(name).expanduser()).is_dir() else None
     package, _, inside = name.removeprefix(PACKAGE).partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -154,6 +153,19 @@ def _folder(name: str) -> Path | None:
             'Install it again: pip install --force-reinstall "edge-glass[demo]"'
         )
     return folder
+
+
+def _cached(name: str) -> Path | None:
+    """The folder of a hub name in the hub's cache.
+
+    Reading it as a folder keeps transformers off the network, which `local_files_only` alone does not: with
+    peft installed it still asks the hub for an adapter, for half a minute where there is no network.
+    """
+    try:
+        config = try_to_load_from_cache(name, "config.json", cache_dir=constants.HF_HUB_CACHE)
+    except HFValidationError:  # a path, which no hub could have
+        return None
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def _reach_hub(name: str) -> None:

@@ -36,7 +36,7 @@ class Tower(nn.Module):
         super().__init__()
         if resampler is not None and resampler.dim != encoder.dim:
             raise ValueError(
-                f"the resampler reads tokens of {resampler.dim}; the encoder gives {encoder.dim}"
+                f"the resampler reads tokens of width {resampler.dim}; the encoder gives {encoder.dim}"
             )
         if projection.in_dim != pool.segments * encoder.dim:
             raise ValueError(
@@ -74,9 +74,7 @@ class MultimodalAlignmentModel(nn.Module):
     def __init__(self, towers: dict[str, Tower]):
         super().__init__()
         if not towers or any(name not in MODALITIES for name in towers):
-            raise ValueError(
-                f"towers are given for {list(towers)}; valid are one or more of {list(MODALITIES)}"
-            )
+            raise ValueError(f"towers for {list(towers)}: give one or more of {list(MODALITIES)}")
         widths = {name: tower.out_dim for name, tower in towers.items()}
         if len(set(widths.values())) > 1:
             raise ValueError(

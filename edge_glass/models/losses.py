@@ -260,8 +260,7 @@ class TriModalAlignmentLoss(nn.Module):
                 f"the loss trains {list(self.pair_weights)}, there are embeddings of {sorted(embeddings)}: "
                 "give both modalities of at least one pair; see `encoder` and `objective` in the config"
             )
-        # A pair that is absent takes part with weight 0, so that DistributedDataParallel finds no parameter
-        # unused.
+        # An absent pair takes part with weight 0, so that DistributedDataParallel finds no parameter unused.
         total = 0.0 * torch.stack(list(self.parameters())).sum()
         figures = {}
         for pair in present:

@@ -1,15 +1,17 @@
 """The image tower's backbone, over small models in the hub's own format."""
 
+from typing import Any
+
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, ResNetConfig, ResNetModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModel, ResNetConfig, ResNetModel
 
 from edge_glass.encoders.vision import VisionEncoder
 from edge_glass.encoders.weights import WeightsNotFound
 
 HALF = [0.5, 0.5, 0.5]
-SMALL = {
+SMALL: dict[str, dict[str, Any]] = {
     "resnet": {
         "embedding_size": 8,
         "hidden_sizes": [8, 16],
@@ -55,9 +57,10 @@ def clip(tmp_path_factory):
     model = CLIPModel(config).eval()
     processor = CLIPImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32})
     folder = tmp_path_factory.mktemp("clip")
-    for name, part in (("whole", model), ("image_half", model.vision_model)):
-        part.save_pretrained(folder / name)
-        processor.save_pretrained(folder / name)
+    model.save_pretrained(folder / "whole")
+    CLIPVisionModel.from_pretrained(folder / "whole").save_pretrained(folder / "image_half")
+    for part in ("whole", "image_half"):
+        processor.save_pretrained(folder / part)
     return folder, model
 
 
@@ -82,7 +85,9 @@ def test_every_trainable_parameter_gets_a_gradient(model_type):
 
 
 def test_a_head_that_the_tokens_do_not_depend_on_is_not_trained():
-    untrained = {name for name, value in small("clip_vision_model").named_parameters() if not value.requires_grad}
+    untrained = {
+        name for name, value in small("clip_vision_model").named_parameters() if not value.requires_grad
+    }
     assert untrained == {"backbone.post_layernorm.weight", "backbone.post_layernorm.bias"}
 
 
@@ -121,6 +126,11 @@ def test_building_an_encoder_leaves_batch_statistics_untouched():
     statistics = small("resnet").backbone.embedder.embedder.normalization
     assert statistics.num_batches_tracked == 0
     assert torch.equal(statistics.running_mean, torch.zeros(8))
+
+
+def test_images_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"reads images of \[32, 32\] pixels; these are \[64, 64\]"):
+        small("resnet")(torch.zeros(1, 3, 64, 64))
 
 
 def test_a_misspelt_option_is_refused():
