@@ -30,8 +30,9 @@ class ConfigError(UserError):
 
 
 class Precision(Enum):
-    """What matrix products are computed in."""
+    """What matrix products are computed in; auto: bf16 where the hardware multiplies it natively, else fp32."""
 
+    auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
@@ -84,7 +85,6 @@ class DatasetConfig:
     where: dict[str, Any] = field(default_factory=dict)
     train: Any = None
     image_augment: Any = None
-    audio_augment: Any = None
     keep_decoded_mb: int = 512
     max_bad_share: float = 0.01
     views: dict[str, ViewConfig] = field(default_factory=dict)
@@ -114,7 +114,7 @@ class TrainingConfig:
     keep_last: int = 1
     monitor: str | None = None
     test_checkpoint: str = "last"
-    precision: Precision = Precision.fp32
+    precision: Precision = Precision.auto
     device: str = "auto"
     workers: int = 0
     resume: str | None = None

@@ -126,9 +126,7 @@ def build_experiment(config: DictConfig) -> Experiment:
         clips.window_seconds if clips is not None else 0.0,
         dataset.keep_decoded_mb,
     )
-    collate = Collate(
-        normal["mean"], normal["std"], build(dataset.image_augment), build(dataset.audio_augment)
-    )
+    collate = Collate(normal["mean"], normal["std"], build(dataset.image_augment))
     return Experiment(config, tables, task, decoding, collate, device)
 
 
@@ -155,6 +153,19 @@ def choose_device(name: str) -> torch.device:
     if name != "cpu":
         raise ConfigError(f"training.device={name!r}: give auto, cpu or cuda")
     return torch.device("cpu")
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """`fp32`, `bf16` or `fp16`; `auto` takes bf16 where it is faster.
+
+    On a CPU without bf16 instructions it is computed in fp32 and converted, which is slower than fp32 itself.
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    features = torch.cpu.get_capabilities()
+    return "bf16" if any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"
 
 
 def set_threads(config: DictConfig) -> None:

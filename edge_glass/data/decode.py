@@ -1,6 +1,7 @@
 """Encoded bytes to pictures and waveforms, with every way they can be broken turned into one error."""
 
 import io
+import re
 import warnings
 
 import numpy as np
@@ -12,6 +13,9 @@ from torch import Tensor
 SAMPLING_RATE = 16_000
 # A 30 s Whisper window is the longest that a tower reads; the header of a broken or hostile file may promise hours.
 MAX_CLIP_SECONDS = 600
+# libsndfile reads a wav or aiff file that ends too early without complaint, but notes it in its log.
+SHORT_CHUNK = re.compile(r"^ *(?:data|SSND) : (?P<promised>\d+) \(should be (?P<found>\d+)\)", re.MULTILINE)
+STREAMED = 0x7FF0_0000  # programs that write to a pipe cannot know the size and promise about 2 or 4 GiB
 
 
 class Undecodable(Exception):
@@ -42,6 +46,8 @@ def decode_image(data: bytes, size: int) -> Tensor:
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    if picture.mode.startswith("I;16"):  # Pillow would cut off all above 255: almost everything white
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     picture = picture.convert("RGB")
     if picture.size != (size, size):
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
@@ -71,10 +77,13 @@ def decode_audio(data: bytes, max_seconds: float) -> Tensor:
             promised = min(file.frames, rate * MAX_CLIP_SECONDS)
             wanted = min(promised, int(max_seconds * rate) + 1)
             samples = file.read(wanted, dtype="float32", always_2d=True)
+            cut = SHORT_CHUNK.search(file.extra_info)
     except Exception as error:  # libsndfile's own errors and what a broken header leads to
         raise Undecodable(f"audio: {type(error).__name__}: {error}") from error
     if len(samples) == 0:
         raise Undecodable("audio: the clip is empty")
+    if cut and int(cut["promised"]) < STREAMED:
+        raise Undecodable(f"audio: truncated, {cut['found']} of {cut['promised']} bytes")
     if len(samples) < wanted:
         raise Undecodable(f"audio: truncated, {len(samples)} of {wanted} samples")
     waveform = torch.from_numpy(samples.mean(axis=1))

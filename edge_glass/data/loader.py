@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Sampler
 
-from edge_glass.data.augment import AudioAugment, ImageAugment
+from edge_glass.data.augment import ImageAugment
 from edge_glass.data.batch import AudioClips, Batch, SkippedRow
 from edge_glass.data.datasets import Decoding, Index, MediaReader, Sample
 from edge_glass.data.decode import Undecodable
@@ -59,13 +59,12 @@ class EpochBatches(Sampler[list[Index]]):
 
 
 class Collate:
-    """Samples to a Batch: pixels augmented and normalised, clips augmented and padded.
+    """Samples to a Batch: pixels augmented and normalised, clips padded.
 
     Args:
         mean: of the image tower's normalisation, per channel, in 0..1.
         std: likewise.
         image_augment: training-time variation of images, or None.
-        audio_augment: training-time variation of clips, or None.
     """
 
     def __init__(
@@ -73,12 +72,10 @@ class Collate:
         mean: list[float],
         std: list[float],
         image_augment: ImageAugment | None = None,
-        audio_augment: AudioAugment | None = None,
     ):
         self.mean = torch.tensor(mean).view(1, 3, 1, 1)
         self.std = torch.tensor(std).view(1, 3, 1, 1)
         self.image_augment = image_augment
-        self.audio_augment = audio_augment
 
     def __call__(self, samples: list[Sample]) -> Batch:
         generators = [sample.generator for sample in samples]
@@ -89,7 +86,7 @@ class Collate:
             sample_ids=[sample.sample_id for sample in samples],
             concept_ids=torch.tensor([sample.concept_id for sample in samples]),
             image=self.pixels(images, generators) if images else None,
-            audio=self.waveforms(clips, generators) if clips else None,
+            audio=self.waveforms(clips) if clips else None,
             text=texts or None,
             skipped=[row for sample in samples for row in sample.skipped],
         )
@@ -101,14 +98,9 @@ class Collate:
             pixels = self.image_augment(pixels, generators)
         return (pixels - self.mean) / self.std
 
-    def waveforms(
-        self, clips: list[Tensor], generators: list[np.random.Generator] | None = None
-    ) -> AudioClips:
-        """Clips padded with zeros to the longest; augmented when generators are given."""
-        batch = AudioClips(pad_sequence(clips, batch_first=True), torch.tensor([len(clip) for clip in clips]))
-        if self.audio_augment is not None and generators is not None:
-            batch = self.audio_augment(batch, generators)
-        return batch
+    def waveforms(self, clips: list[Tensor]) -> AudioClips:
+        """Clips padded with zeros to the longest."""
+        return AudioClips(pad_sequence(clips, batch_first=True), torch.tensor([len(clip) for clip in clips]))
 
 
 def training_loader(

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from edge_glass.errors import UserError
 
 # Other spellings of a column -> the name used here.
 ALIASES = {"caption": "text", "image_path": "image", "audio_path": "audio", "voice": "source", "id": "sample_id"}
-MEDIA = ("image", "audio")
+IDS = ("sample_id", "concept_id")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -28,15 +28,17 @@ class Rows:
 
     Attributes:
         table: columns `sample_id`, `concept_id`, and any of `text`, `image`, `audio`, `group`, `source`, `split` ...
-            `image` and `audio` hold a struct of `bytes` and `path` (the Hugging Face `Image`/`Audio` layout) or a
-            path relative to `folder`.
+            `image` and `audio` hold a struct of `bytes` and `path` (the Hugging Face `Image`/`Audio` layout), bytes, or
+            a path relative to `folder`.
         folder: what relative media paths start from.
         files: what the table was read from.
+        made_up: id columns that the files lack, so that they mean nothing outside this table.
     """
 
     table: pa.Table
     folder: Path
     files: list[Path] = field(default_factory=list)
+    made_up: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -56,9 +58,17 @@ class Rows:
         Raises:
             DataError: there is no such column.
         """
+        self.require(name)
+        return self.table.column(name).to_pylist()
+
+    def require(self, name: str) -> None:
+        """Make sure that there is a column, without reading it.
+
+        Raises:
+            DataError: there is no such column.
+        """
         if name not in self.columns:
             raise DataError(f"no column {name!r} in {self.origin}; it has {sorted(self.columns)}")
-        return self.table.column(name).to_pylist()
 
     def media(self, modality: str, row: int) -> bytes:
         """The encoded bytes of a row's image or audio.
@@ -71,6 +81,8 @@ class Rows:
             if value.get("bytes"):
                 return value["bytes"]
             value = value.get("path")
+        if isinstance(value, bytes):
+            return value
         if not value:
             raise FileNotFoundError(f"no {modality} in this row")
         return (self.folder / value).read_bytes()
@@ -93,7 +105,7 @@ class Rows:
         if not any(keep):
             found = {name: sorted(set(map(str, self.column(name))))[:20] for name in conditions}
             raise DataError(f"no row of {self.origin} has {dict(conditions)}; the values there are {found}")
-        return Rows(self.table.filter(pa.array(keep)), self.folder, self.files)
+        return replace(self, table=self.table.filter(pa.array(keep)))
 
 
 def resolve(path: str | Path) -> Path:
@@ -104,7 +116,7 @@ def resolve(path: str | Path) -> Path:
     return given
 
 
-def read_rows(path: str | Path, shares: dict[str, float] | None = None) -> Rows:
+def read_rows(path: str | Path, shares: dict[str, float] | None = None, pair_by: str = "concept_id") -> Rows:
     """Read a data set's rows.
 
     Args:
@@ -114,6 +126,7 @@ def read_rows(path: str | Path, shares: dict[str, float] | None = None) -> Rows:
         shares: for a set without a `split` column: the share of concepts that goes to each split other than
             `train`, say `{"val": 0.05, "test": 0.05}`; chosen by a hash of the concept, so that rows of one concept
             stay together and the choice survives new rows.
+        pair_by: `text` lets the text say which rows are one concept, even where there are concept ids.
 
     Returns:
         Rows with `sample_id` and `concept_id` always present: rows without a concept id share one when their texts
@@ -133,7 +146,11 @@ def read_rows(path: str | Path, shares: dict[str, float] | None = None) -> Rows:
         files = files if files[0].suffix == ".parquet" else files[:1]
     else:
         files = [found]
-    table = pa.concat_tables([_read_table(file) for file in files], promote_options="default")
+    tables = [_read_table(file) for file in files]
+    try:
+        table = pa.concat_tables(tables, promote_options="default")
+    except pa.ArrowException as error:
+        raise DataError(f"the files of {found} do not fit together: {error}") from error
     table = table.rename_columns(
         [
             ALIASES[name] if name in ALIASES and ALIASES[name] not in table.column_names else name
@@ -142,7 +159,8 @@ def read_rows(path: str | Path, shares: dict[str, float] | None = None) -> Rows:
     )
     if table.num_rows == 0:
         raise DataError(f"{found} has no rows")
-    return Rows(_with_ids(table, shares or {}), files[0].parent, files)
+    made_up = [name for name in IDS if name not in table.column_names]
+    return Rows(_with_ids(table, shares or {}, pair_by), files[0].parent, files, made_up)
 
 
 def data_hash(tables: Iterable[Rows]) -> str:
@@ -158,43 +176,59 @@ def _read_table(file: Path) -> pa.Table:
     try:
         if file.suffix == ".parquet":
             return pq.read_table(file)
-        return pa.Table.from_pylist(list(_json_rows(file)))
+        rows = list(_json_rows(file))
+        names = dict.fromkeys(name for row in rows for name in row)  # pyarrow would take the first row's keys alone
+        return pa.table({name: [row.get(name) for row in rows] for name in names})
     except (OSError, pa.ArrowException, ValueError) as error:
         raise DataError(f"{file} cannot be read as {file.suffix[1:]} rows: {error}") from error
 
 
 def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
-    text = file.read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8-sig")
     if file.suffix == ".json":
         rows = json.loads(text)
         if not isinstance(rows, list):
             raise ValueError(f"expected a list of rows, found {type(rows).__name__}")
-        yield from rows
+        for number, row in enumerate(rows, start=1):
+            yield _json_row(row, f"row {number}")
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would also cut at U+2028 inside a caption
         if line.strip():
             try:
-                yield json.loads(line)
+                row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number}: {error}") from error
+            yield _json_row(row, f"line {number}")
 
 
-def _with_ids(table: pa.Table, shares: dict[str, float]) -> pa.Table:
-    names = table.column_names
-    count = table.num_rows
-    if "sample_id" not in names:
-        table = table.append_column("sample_id", pa.array([f"row-{row}" for row in range(count)]))
-    elif not pa.types.is_string(table.schema.field("sample_id").type):
-        index = names.index("sample_id")
-        table = table.set_column(index, "sample_id", table.column("sample_id").cast(pa.string()))
-    if "concept_id" not in names:
-        key = table.column("text") if "text" in names else table.column("sample_id")
-        ids = key.combine_chunks().dictionary_encode().indices.cast(pa.int64())
+def _json_row(row: Any, place: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: expected an object with keys such as image_path and caption, found {row!r}")
+    return row
+
+
+def _with_ids(table: pa.Table, shares: dict[str, float], pair_by: str) -> pa.Table:
+    given = table.column_names
+    for name in ("sample_id", "text"):
+        if name in given and not pa.types.is_string(table.schema.field(name).type):
+            table = table.set_column(given.index(name), name, table.column(name).cast(pa.string()))
+    if "sample_id" not in given:
+        table = table.append_column("sample_id", pa.array([f"row-{row}" for row in range(table.num_rows)]))
+    if "split" not in given and shares:
+        keys = ("text", "sample_id") if pair_by == "text" else ("concept_id", "text", "sample_id")
+        key = next(name for name in keys if name in (*given, "sample_id"))
+        splits = [_split_of(_normal(value), shares) for value in table.column(key).to_pylist()]
+        table = table.append_column("split", pa.array(splits))
+    if "concept_id" not in given:
+        key = "text" if "text" in given else "sample_id"
+        ids = table.column(key).combine_chunks().dictionary_encode().indices.cast(pa.int64())
         table = table.append_column("concept_id", ids)
-    if "split" not in names and shares:
-        key = (table.column("text") if "text" in names else table.column("sample_id")).to_pylist()
-        table = table.append_column("split", pa.array([_split_of(str(value), shares) for value in key]))
     return table
+
+
+def _normal(value: Any) -> str:
+    """A key without what people do not mean by it: case and outer blanks."""
+    return str(value).strip().casefold()
 
 
 def _split_of(key: str, shares: dict[str, float]) -> str:
@@ -230,17 +264,39 @@ def read_tables(
     paths = {name: path for name, path in (("image", image), ("audio", audio)) if path is not None}
     if not paths:
         raise DataError("this data set names no rows: set dataset.image or dataset.audio to a file or folder")
-    tables = {name: read_rows(path, shares) for name, path in paths.items()}
+    tables = {name: read_rows(path, shares, pair_by) for name, path in paths.items()}
     for name, rows in tables.items():
-        rows.column(name)  # says which columns there are if the media are missing
-    if pair_by == "concept_id":
+        rows.require(name)
+        rows.require(pair_by)
+        _require_texts(rows)
+        if pair_by in rows.made_up and len(set(map(resolve, paths.values()))) > 1:
+            raise DataError(
+                f"dataset.pair_by={pair_by}: {rows.origin} has no column {pair_by!r}, so nothing says which of its rows "
+                f"belong to those of the other table; it has {sorted(rows.columns)}. dataset.pair_by=text pairs by text"
+            )
+    if pair_by == "concept_id" and all(_has_numbers(rows) for rows in tables.values()):
         return tables
     numbers: dict[str, int] = {}
     return {name: _renumbered(rows, pair_by, numbers) for name, rows in tables.items()}
 
 
+def _require_texts(rows: Rows) -> None:
+    blank = [
+        sample
+        for sample, text in zip(rows.column("sample_id"), rows.column("text"), strict=True)
+        if not (text and text.strip())
+    ]
+    if blank:
+        raise DataError(
+            f"{len(blank)} of {len(rows)} rows of {rows.origin} have no text, such as {blank[:5]}; write one or leave "
+            "the rows out"
+        )
+
+
+def _has_numbers(rows: Rows) -> bool:
+    return pa.types.is_integer(rows.table.schema.field("concept_id").type)
+
+
 def _renumbered(rows: Rows, pair_by: str, numbers: dict[str, int]) -> Rows:
-    keys = [str(value).strip().casefold() for value in rows.column(pair_by)]
-    ids = pa.array([numbers.setdefault(key, len(numbers)) for key in keys])
-    table = rows.table.set_column(rows.columns.index("concept_id"), "concept_id", ids)
-    return Rows(table, rows.folder, rows.files)
+    ids = pa.array([numbers.setdefault(_normal(key), len(numbers)) for key in rows.column(pair_by)])
+    return replace(rows, table=rows.table.set_column(rows.columns.index("concept_id"), "concept_id", ids))

@@ -7,6 +7,7 @@ from transformers.audio_utils import mel_filter_bank
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from edge_glass.data.batch import AudioClips
+from edge_glass.encoders.spectrogram import SpectrogramAugment
 from edge_glass.encoders.tokens import Encoder, Tokens
 from edge_glass.encoders.weights import checked_options, load_checkpoint, load_model
 
@@ -17,7 +18,7 @@ FRAMES_PER_TOKEN = 2  # the stride of the encoder's second convolution
 
 
 class AudioEncoder(Encoder):
-    """Tokens of speech: 20 ms of a clip each, the mask marking those with sound of the clip.
+    """Tokens of speech: 20 ms of a clip each (two frames), the mask marking those with sound of the clip.
 
     Every clip is cut or filled with silence to the backbone's fixed window, whatever its batch looks like:
     a clip has the same tokens alone and beside a longer one. An empty clip keeps one (silent) token.
@@ -25,6 +26,8 @@ class AudioEncoder(Encoder):
     Args:
         backbone: Whisper's encoder.
         frozen: whether the backbone stays as it is.
+        hop_ms: time from frame to frame; Whisper's own is 10.
+        augment: varies the spectrograms in training, beside the masking that Whisper's config may ask for.
 
     Attributes:
         sampling_rate: of the waveforms, in hertz.
@@ -34,25 +37,39 @@ class AudioEncoder(Encoder):
     sampling_rate = SAMPLING_RATE
     backbone: WhisperEncoder
 
-    def __init__(self, backbone: WhisperEncoder, frozen: bool):
+    def __init__(
+        self,
+        backbone: WhisperEncoder,
+        frozen: bool,
+        hop_ms: int = 10,
+        augment: SpectrogramAugment | None = None,
+    ):
         config = backbone.config
         super().__init__(backbone, dim=config.d_model, frozen=frozen)
-        self.log_mel = LogMel(config.num_mel_bins, config.max_source_positions * FRAMES_PER_TOKEN)
-        self.augment = SpecAugment.from_whisper(config) if config.apply_spec_augment else None
-        self.window_seconds = self.log_mel.frames * HOP_SAMPLES / SAMPLING_RATE
+        frames = config.max_source_positions * FRAMES_PER_TOKEN
+        self.hop = hop_ms * SAMPLING_RATE // 1000
+        self.log_mel = LogMel(config.num_mel_bins, frames, self.hop)
+        self.augment = augment
+        self.mask = SpecAugment.from_whisper(config) if config.apply_spec_augment else None
+        self.window_seconds = frames * self.hop / SAMPLING_RATE
 
     @classmethod
-    def from_config(cls, **options) -> "AudioEncoder":
+    def from_config(
+        cls, hop_ms: int = 10, augment: SpectrogramAugment | None = None, **options
+    ) -> "AudioEncoder":
         """A backbone with random weights, to be trained.
 
         Args:
+            hop_ms: time from frame to frame; Whisper's own is 10.
+            augment: varies the spectrograms in training.
             **options: of transformers' WhisperConfig, such as `d_model`, `encoder_layers`, `num_mel_bins`,
-                `max_source_positions` (tokens of 20 ms) or `apply_spec_augment`.
+                `max_source_positions` (tokens of two frames) or `apply_spec_augment`.
 
         Raises:
             ValueError: unknown option.
         """
-        return cls(WhisperEncoder(WhisperConfig(**checked_options("whisper", options))), frozen=False)
+        backbone = WhisperEncoder(WhisperConfig(**checked_options("whisper", options)))
+        return cls(backbone, frozen=False, hop_ms=hop_ms, augment=augment)
 
     @classmethod
     def from_pretrained(cls, name: str, frozen: bool = True) -> "AudioEncoder":
@@ -81,9 +98,11 @@ class AudioEncoder(Encoder):
 
     def _encode(self, inputs: AudioClips) -> Tokens:
         mel = self.log_mel(inputs)  # [batch, mel bins, frames]
-        frames = (inputs.lengths / HOP_SAMPLES).ceil().long().clamp(1, self.log_mel.frames)
-        if self.augment is not None and self.training:
-            mel = self.augment(mel, frames)
+        frames = (inputs.lengths / self.hop).ceil().long().clamp(1, self.log_mel.frames)
+        if self.training and self.augment is not None:
+            mel, frames = self.augment(mel, frames)
+        if self.training and self.mask is not None:
+            mel = self.mask(mel, frames)
         tokens = self.backbone(mel).last_hidden_state
         place = torch.arange(tokens.shape[1], device=tokens.device)
         return Tokens(tokens, place * FRAMES_PER_TOKEN < frames[:, None])
@@ -94,15 +113,17 @@ class LogMel(nn.Module):
 
     Args:
         mel_bins: height of the spectrogram.
-        frames: width of the spectrogram, in steps of 10 ms.
+        frames: width of the spectrogram.
+        hop: samples from frame to frame.
     """
 
     filters: Tensor  # [frequencies, mel_bins]
     window: Tensor  # [FRAME_SAMPLES]
 
-    def __init__(self, mel_bins: int, frames: int):
+    def __init__(self, mel_bins: int, frames: int, hop: int = HOP_SAMPLES):
         super().__init__()
         self.frames = frames
+        self.hop = hop
         filters = mel_filter_bank(
             num_frequency_bins=1 + FRAME_SAMPLES // 2,
             num_mel_filters=mel_bins,
@@ -118,7 +139,7 @@ class LogMel(nn.Module):
     @torch.no_grad()
     def forward(self, clips: AudioClips) -> Tensor:
         """Log-mel spectrograms `[batch, mel_bins, frames]` of clips, cut or filled up to the window."""
-        samples = self.frames * HOP_SAMPLES
+        samples = self.frames * self.hop
         waveform = clips.waveform[:, :samples]
         place = torch.arange(waveform.shape[1], device=waveform.device)
         waveform = waveform.masked_fill(place >= clips.lengths[:, None], 0.0)
@@ -126,7 +147,7 @@ class LogMel(nn.Module):
         with torch.autocast(waveform.device.type, enabled=False):  # powers of ten need fp32
             edges = (FRAME_SAMPLES // 2, FRAME_SAMPLES // 2)
             framed = nn.functional.pad(waveform[:, None], edges, mode="reflect").squeeze(1)
-            framed = framed.unfold(1, FRAME_SAMPLES, HOP_SAMPLES)[:, : self.frames]
+            framed = framed.unfold(1, FRAME_SAMPLES, self.hop)[:, : self.frames]
             spectrum = torch.fft.rfft(framed * self.window)  # [batch, frames, 201]; 3 x as fast as torch.stft
             power = spectrum.real.square() + spectrum.imag.square()
             log_mel = (power @ self.filters).clamp(min=1e-10).log10().transpose(1, 2)

@@ -43,7 +43,7 @@ def checked_options(model_type: str, options: dict) -> dict:
         raise ValueError(
             f"transformers has no model type {model_type!r}; it has 'resnet', 'clip_vision_model' and others"
         ) from error
-    valid = {*known.to_dict(), *known.attribute_map}
+    valid = {*known.to_dict(), *known.attribute_map, "attn_implementation"}
     for option in options:
         if option not in valid:
             close = difflib.get_close_matches(option, valid, n=1)

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from edge_glass.config import save_config, to_experiment
 from edge_glass.data.rows import data_hash
 from edge_glass.distributed import barrier, current_ranks
-from edge_glass.experiment import Experiment, build, build_experiment, set_threads
+from edge_glass.experiment import Experiment, build, build_experiment, choose_precision, set_threads
 from edge_glass.models.alignment import format_parameter_table, parameter_table
 from edge_glass.results import evaluate_run
 from edge_glass.runs import CONFIG, SUMMARY, keep_metrics_until, write_json
@@ -111,7 +111,7 @@ class Run:
             self.last_figures = figures | {f"{view}/mean/R@1": mean_over_directions(figures)}
             return self.last_figures
 
-        plain = OmegaConf.to_container(config)
+        plain = OmegaConf.to_container(config, enum_to_str=True)
         assert isinstance(plain, dict)
         return Trainer(
             task,
@@ -128,7 +128,7 @@ class Run:
                 config.dataset.max_bad_share,
             ),
             config.optimization.accumulation,
-            config.training.precision.value,
+            choose_precision(config.training.precision.value, self.experiment.device),
             config.optimization.clip_norm,
             evaluate if validation is not None else None,
             config.training.monitor if validation is not None else None,
@@ -164,6 +164,7 @@ class Run:
             "peak_memory_mb": round(peak_memory_mb(self.experiment.device), 1),
             "nonfinite_steps": progress.nonfinite_steps,
             "world_size": current_ranks().world_size,
+            "precision": trainer.precision,
             "embedding_width": self.config.encoder.dim,
             "best": self.checkpoints.best(),
             "checkpoint": self.config.training.test_checkpoint,

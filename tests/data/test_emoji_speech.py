@@ -33,12 +33,16 @@ def manifest() -> dict:
 
 @pytest.fixture(scope="module")
 def images() -> list[dict]:
-    return rows("images.parquet", "sample_id", "concept_id", "group", "text", "emoji", "source", "split", "image")
+    return rows(
+        "images.parquet", "sample_id", "concept_id", "group", "text", "emoji", "source", "split", "image"
+    )
 
 
 @pytest.fixture(scope="module")
 def speech() -> list[dict]:
-    return rows("speech.parquet", "sample_id", "concept_id", "group", "text", "emoji", "source", "engine", "split")
+    return rows(
+        "speech.parquet", "sample_id", "concept_id", "group", "text", "emoji", "source", "engine", "split"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,9 @@ def test_the_whole_folder_fits_the_budget():
 def test_the_manifest_describes_the_file_on_disk(manifest, name):
     data = (ROOT / name).read_bytes()
     counts: dict[str, dict[str, int]] = defaultdict(dict)
-    for (split, source), count in Counter((r["split"], r["source"]) for r in rows(name, "split", "source")).items():
+    for (split, source), count in Counter(
+        (r["split"], r["source"]) for r in rows(name, "split", "source")
+    ).items():
         counts[split][source] = count
     stated = manifest["files"][name]
     assert hashlib.sha256(data).hexdigest() == stated["sha256"]
@@ -96,7 +102,9 @@ def test_every_seen_concept_is_spoken_once_by_each_voice_and_unseen_ones_by_the_
 
 def test_drawings_are_split_by_vendor(images):
     for r in images:
-        allowed = {"test", "unseen"} if r["source"] == TEST_VENDOR else TRAINING_SPLITS | {"unseen_train_source"}
+        allowed = (
+            {"test", "unseen"} if r["source"] == TEST_VENDOR else TRAINING_SPLITS | {"unseen_train_source"}
+        )
         assert r["split"] in allowed, r["sample_id"]
 
 
@@ -142,7 +150,7 @@ def test_obvious_near_duplicates_share_a_group(images):
 def test_validation_takes_one_drawing_and_one_recording_of_200_concepts_and_leaves_the_others(images, speech):
     drawings = [r for r in images if r["split"] == "val"]
     recordings = [r for r in speech if r["split"] == "val"]
-    assert Counter(r["source"] for r in drawings) == {vendor: 100 for vendor in TRAIN_VENDORS}
+    assert Counter(r["source"] for r in drawings) == dict.fromkeys(TRAIN_VENDORS, 100)
     assert len({r["concept_id"] for r in drawings}) == len(drawings)
     assert sorted(r["concept_id"] for r in recordings) == sorted(r["concept_id"] for r in drawings)
     assert len(set(Counter(r["source"] for r in recordings).values())) == 1
