@@ -13,7 +13,7 @@ def run_command(main: Callable[[], None]) -> None:
     from hydra.errors import ConfigCompositionException, HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from edge_glass.config import explain_override
+    from edge_glass.config import explain, explain_override
     from edge_glass.errors import UserError
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit by itself, without saying what would be valid
@@ -23,7 +23,9 @@ def run_command(main: Callable[[], None]) -> None:
         message = str(error)
     except ConfigCompositionException as error:
         message = explain_override(error)
-    except (HydraException, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
+        message = explain(error)
+    except HydraException as error:
         message = str(error)
     else:
         return

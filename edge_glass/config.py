@@ -173,7 +173,7 @@ def to_experiment(config: DictConfig) -> DictConfig:
         OmegaConf.resolve(typed)
         OmegaConf.to_container(typed, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(explain(error)) from error
     assert isinstance(typed, DictConfig)
     check(typed)
     return typed
@@ -218,6 +218,12 @@ def check(config: DictConfig) -> None:
             f"encoder.widths={widths} does not fit encoder.dim={encoder.dim}: the widths are distinct and positive, and "
             f"the largest is the dim, say [{encoder.dim}, {max(encoder.dim // 2, 1)}]"
         )
+    compared = config.objective.get("widths") if config.objective is not None else None
+    if compared is not None and max(compared, default=0) > encoder.dim:
+        raise ConfigError(
+            f"objective.widths={list(compared)} does not fit encoder.dim={encoder.dim}: the loss compares leading "
+            "dimensions of the embedding"
+        )
     for name in present:
         if name != "text" and dataset[name] is None:
             raise ConfigError(
@@ -244,14 +250,18 @@ def check(config: DictConfig) -> None:
         raise ConfigError(f"training.test_checkpoint={training.test_checkpoint!r}: give 'last' or 'best'")
     if training.test_checkpoint == "best" and training.monitor is None:
         raise ConfigError("training.test_checkpoint='best' needs training.monitor, the figure that best is judged by")
+    if not dataset.views:
+        raise ConfigError("dataset.views is empty: name at least one view to evaluate the run on")
     if dataset.validation_view is not None and dataset.validation_view not in dataset.views:
         raise ConfigError(
             f"dataset.validation_view={dataset.validation_view!r}: not among dataset.views, which are {list(dataset.views)}"
         )
     if not 0 <= dataset.max_bad_share <= 1:
         raise ConfigError(f"dataset.max_bad_share={dataset.max_bad_share}: give a share in 0..1")
-    if sum(dataset.shares.values()) >= 1:
-        raise ConfigError(f"dataset.shares={dict(dataset.shares)}: they leave nothing to train on; their sum is below 1")
+    if sum(dataset.shares.values()) >= 1 or min(dataset.shares.values(), default=0) < 0:
+        raise ConfigError(
+            f"dataset.shares={dict(dataset.shares)}: give positive shares with a sum below 1; the rest is for training"
+        )
 
 
 def explain_override(error: Exception) -> str:
@@ -277,7 +287,8 @@ def _known(error: OmegaConfBaseException) -> str:
     return f"{hint}There is no key {key!r} in {place.rstrip('.') or 'the config'}; it has {known}."
 
 
-def _explain(error: OmegaConfBaseException) -> str:
+def explain(error: OmegaConfBaseException) -> str:
+    """One line on a key or value that does not fit, with what would."""
     key = error.full_key or error.key
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         return f"{key}: {_known(error)}"

@@ -15,6 +15,7 @@ from edge_glass.data.datasets import Decoding
 from edge_glass.data.loader import Collate, EpochBatches, training_loader
 from edge_glass.data.rows import Rows, read_tables
 from edge_glass.distributed import current_ranks
+from edge_glass.evaluation.names import MetricName
 from edge_glass.evaluation.views import Views
 from edge_glass.models.alignment import MultimodalAlignmentModel
 from edge_glass.signatures import check_targets
@@ -49,7 +50,8 @@ class Experiment:
         plain = OmegaConf.to_container(self.config.dataset.views)
         assert isinstance(plain, dict)
         chosen = {name: _present(plain[name], self.tables) for name in names}
-        return Views(self.tables, chosen, self.decoding, self.collate, list(self.config.encoder.widths))
+        widths, towers = list(self.config.encoder.widths), list(self.task.model.towers)
+        return Views(self.tables, chosen, self.decoding, self.collate, widths, towers)
 
     def training_rows(self) -> dict[str, Rows]:
         """The rows of the training split."""
@@ -106,6 +108,7 @@ def build_experiment(config: DictConfig) -> Experiment:
         UserError: data that is not there, arguments that a class does not take, weights that cannot be loaded.
     """
     device = choose_device(config.training.device)
+    check_monitor(config)
     dataset = config.dataset
     paths = {name: dataset[name] if name in modalities(config) else None for name in ("image", "audio")}
     shares = OmegaConf.to_container(dataset.shares)
@@ -134,6 +137,23 @@ def build_task(config: DictConfig) -> AlignmentTask:
     """Model and loss."""
     towers = {name: build(config.encoder[name]) for name in modalities(config)}
     return AlignmentTask(MultimodalAlignmentModel(towers), build(config.objective))
+
+
+def check_monitor(config: DictConfig) -> None:
+    """Make sure that `training.monitor` will be among the validation figures, which come only after some training.
+
+    Raises:
+        ConfigError: it will not.
+    """
+    view, monitor = config.dataset.validation_view, config.training.monitor
+    if view is None or monitor in (None, f"{view}/mean/R@1"):
+        return
+    name, present, widths = MetricName.parse(monitor), modalities(config), [None, *config.encoder.widths]
+    if not (name and name.view == view and {name.query, name.answer} <= {*present} and name.width in widths):
+        raise ConfigError(
+            f"training.monitor={monitor!r} is no figure of dataset.validation_view={view!r}: give {view}/mean/R@1, or "
+            f"one like {view}/{present[0]}_to_{present[1]}/R@1"
+        )
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,7 +1,7 @@
 """The last word on a run: figures on the test views, baselines beside them, tables and pictures."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from edge_glass.evaluation.evaluate import Embedded, ViewResult, examples
 from edge_glass.evaluation.views import Views
 from edge_glass.experiment import Experiment, build_experiment
 from edge_glass.reports.figures import Card, Found, retrieval_gallery
-from edge_glass.reports.report import FIGURES, draw_figures, terminal_table, write_report
+from edge_glass.reports.report import FIGURES, terminal_table, write_report
 from edge_glass.runs import CONFIG, SUMMARY, read_json, write_json
+from edge_glass.tasks import AlignmentTask
 from edge_glass.training.checkpoints import Checkpoints, load_weights
 
 WORDS = {"image": "drawing", "audio": "speech", "text": "name"}
@@ -29,7 +30,6 @@ GALLERY_DIRECTIONS = (
     ("audio", "text"),
     ("image", "audio"),
     ("audio", "image"),
-    ("text", "image"),
 )
 
 
@@ -58,7 +58,6 @@ class RunResults:
     def show(self, run_dir: Path, summary: Mapping[str, Any]) -> None:
         """Draw the figures, write report.md and print the table."""
         retrieval_gallery(self.gallery, run_dir / FIGURES / "retrieval_gallery.png")
-        draw_figures(run_dir, summary)
         report = write_report(run_dir)
         print(f"\n{terminal_table(summary)}\nreport: {report}", flush=True)
 
@@ -84,6 +83,14 @@ def evaluate_run(experiment: Experiment, run_dir: Path, validation: Mapping[str,
         skipped={sample: row.reason for sample, row in views.skipped.items()},
         gallery=_gallery(views, names[0], embedded),
     )
+
+
+def validation_figures(views: Views, task: AlignmentTask, device: torch.device) -> dict[str, float]:
+    """The figures of a validation view, and `{view}/mean/R@1`: that at full width, the mean over its directions."""
+    figures = views.evaluate(task, device).metrics
+    (view,) = views.views
+    recalls = [value for name, value in figures.items() if name.endswith("/R@1")]
+    return figures | {f"{view}/mean/R@1": sum(recalls) / len(recalls)}
 
 
 def evaluate_folder(folder: str, checkpoint: str = "last", device: str = "auto") -> dict[str, Any]:
@@ -113,7 +120,7 @@ def evaluate_folder(folder: str, checkpoint: str = "last", device: str = "auto")
     path = run_dir / SUMMARY
     summary = read_json(path) if path.is_file() else {"name": config.name}
     view = config.dataset.validation_view
-    validation = experiment.views([view]).evaluate(experiment.task, experiment.device).metrics if view else {}
+    validation = validation_figures(experiment.views([view]), experiment.task, experiment.device) if view else {}
     results = evaluate_run(experiment, run_dir, validation)
     summary |= {"checkpoint": checkpoint, "evaluated": weights.name, **results.summary()}
     write_json(path, summary)
@@ -148,7 +155,7 @@ def _nearest(
 
 def _raw_features(rows: Rows, modality: str, experiment: Experiment) -> tuple[Tensor, Tensor, list[str]]:
     """Features of the readable rows before any training, their concept ids, their sample ids."""
-    reader = MediaReader(rows, modality, replace(experiment.decoding, keep_mb=0))
+    reader = MediaReader(rows, modality, experiment.decoding)
     concepts = rows.column("concept_id")
     media, ids, samples = [], [], []
     for row in range(len(rows)):

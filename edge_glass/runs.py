@@ -42,6 +42,11 @@ def resumed(folder: str, overrides: list[str]) -> tuple[DictConfig, Path]:
                 f"{override}: a resumed run keeps its own config ({run_dir / CONFIG}); only training.*, logger.* and "
                 "launch.* may change. Leave training.resume out to start a new run"
             )
+        if "." not in key:
+            raise ConfigError(
+                f"{override}: a resumed run takes single values, such as training.max_steps=1000 or "
+                "logger.tensorboard=true, not groups"
+            )
         try:
             OmegaConf.update(config, key, OmegaConf.create(f"value: {value}")["value"])
         except OmegaConfBaseException as error:

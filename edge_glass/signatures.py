@@ -61,7 +61,9 @@ def check_targets(node: Any, key: str = "", foreign: bool = False) -> None:
 
 def _check_node(node: dict[str, Any], key: str, foreign: bool) -> None:
     target = node["_target_"]
-    own = isinstance(target, str) and target.split(".")[0] == PACKAGE
+    if not isinstance(target, str):
+        raise ConfigError(f"{key}._target_={target!r}: give the full name of a class or function")
+    own = target.split(".")[0] == PACKAGE
     if not own and not foreign:
         return
     signature = _own_signature(target, key) if own else _foreign_signature(target, key)

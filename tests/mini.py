@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 import soundfile
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageDraw
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from edge_glass.config import to_experiment
+from edge_glass.training.fit import fit
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
@@ -170,6 +171,7 @@ def overrides(data: Path, text_tower: Path) -> list[str]:
         "backbone.segments={image: 4, audio: 4, text: 1}",
         "encoder.dim=16",
         "encoder.widths=[16,8]",
+        "encoder.text.projection.hidden_dim=null",
         "optimization.batch_size=8",
         "training.max_steps=6",
         "training.max_seconds=null",
@@ -185,3 +187,13 @@ def overrides(data: Path, text_tower: Path) -> list[str]:
 def experiment(data: Path, text_tower: Path, *more: str) -> DictConfig:
     """A checked config for this data set, with further overrides."""
     return to_experiment(composed(*overrides(data, text_tower), *more))
+
+
+def run(config: DictConfig, folder: Path) -> float | None:
+    """Train in this process."""
+    return fit(plain(config), str(folder))
+
+
+def plain(config: DictConfig) -> dict:
+    """As `launch.run` hands configs over."""
+    return OmegaConf.to_container(config, resolve=True, enum_to_str=True)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,33 +41,57 @@ class Sample:
 
 @dataclass
 class Decoding:
-    """How media are decoded, as the towers need them.
+    """How media are decoded, as the towers need them, and the memory that keeps what was decoded.
 
     Attributes:
         image_size: side of a picture in pixels.
         seconds: the longest clip; what comes after is cut.
-        keep_mb: decoded media kept in memory, MiB a modality and process; 0 decodes again each time.
+        keep_mb: decoded media kept in memory, MiB a process; 0 decodes again each time.
     """
 
     image_size: int = 224
     seconds: float = 30.0
     keep_mb: int = 512
 
+    def __post_init__(self) -> None:
+        self.kept: dict[tuple[str, str], Tensor] = {}
+        self.free_bytes = self.keep_mb * 2**20
+
+    def decode(self, modality: str, data: bytes) -> Tensor:
+        """A picture `[3, side, side]` uint8 or a clip `[samples]` float32.
+
+        Raises:
+            Undecodable: with the reason.
+        """
+        if modality == "image":
+            return decode_image(data, self.image_size)
+        return decode_audio(data, self.seconds)
+
+    def keep(self, key: tuple[str, str], media: Tensor) -> None:
+        """Keep what was decoded, until the memory is full."""
+        if self.free_bytes >= media.nbytes:
+            self.free_bytes -= media.nbytes
+            self.kept[key] = media
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker process starts with an empty memory.
+        return {**self.__dict__, "kept": {}, "free_bytes": self.keep_mb * 2**20}
+
 
 class MediaReader:
-    """The decoded image or audio of each row; keeps what it decoded until its memory is full."""
+    """The decoded image or audio of each row.
+
+    Args:
+        rows: of one data set; readers that share a `decoding` share its memory, by sample id.
+        modality: `image` or `audio`.
+        decoding: what the tower needs.
+    """
 
     def __init__(self, rows: Rows, modality: str, decoding: Decoding):
         self.rows = rows
         self.modality = modality
+        self.decoding = decoding
         self.sample_ids = rows.column("sample_id")
-        self.decode: Callable[[bytes], Tensor] = (
-            partial(decode_image, size=decoding.image_size)
-            if modality == "image"
-            else partial(decode_audio, max_seconds=decoding.seconds)
-        )
-        self.free_bytes = decoding.keep_mb * 2**20
-        self.kept: dict[int, Tensor] = {}
 
     def read(self, row: int) -> Tensor:
         """The row's media.
@@ -76,20 +99,16 @@ class MediaReader:
         Raises:
             Undecodable: with the reason.
         """
-        if row in self.kept:
-            return self.kept[row]
+        key = (self.modality, self.sample_ids[row])
+        if key in self.decoding.kept:
+            return self.decoding.kept[key]
         try:
             data = self.rows.media(self.modality, row)
         except OSError as error:
             raise Undecodable(f"{self.modality}: {error}") from error
-        media = self.decode(data)
-        if self.free_bytes >= media.nbytes:
-            self.free_bytes -= media.nbytes
-            self.kept[row] = media
+        media = self.decoding.decode(self.modality, data)
+        self.decoding.keep(key, media)
         return media
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "kept": {}}  # a worker process starts with an empty memory
 
 
 class Captions:

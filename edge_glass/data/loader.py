@@ -110,6 +110,7 @@ def training_loader(
     return DataLoader(
         dataset,
         batch_sampler=batches,
+        generator=torch.Generator(),  # else the loader would draw from the one whose state a resumed run takes up
         collate_fn=collate,
         num_workers=workers,
         pin_memory=pin_memory,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -133,7 +134,7 @@ def read_rows(path: str | Path, shares: dict[str, float] | None = None, pair_by:
         are equal, so that a caption used twice is no false negative.
 
     Raises:
-        DataError: nothing there, or nothing readable.
+        DataError: nothing there, nothing readable, or a sample id that names two rows.
     """
     found = resolve(path)
     if not found.exists():
@@ -160,7 +161,14 @@ def read_rows(path: str | Path, shares: dict[str, float] | None = None, pair_by:
     if table.num_rows == 0:
         raise DataError(f"{found} has no rows")
     made_up = [name for name in IDS if name not in table.column_names]
-    return Rows(_with_ids(table, shares or {}, pair_by), files[0].parent, files, made_up)
+    rows = Rows(_with_ids(table, shares or {}, pair_by), files[0].parent, files, made_up)
+    sample, times = Counter(rows.column("sample_id")).most_common(1)[0]
+    if times > 1:
+        raise DataError(
+            f"{times} rows of {rows.origin} have the sample_id {sample!r}; it names one row. What belongs together "
+            "shares its text or its concept_id"
+        )
+    return rows
 
 
 def data_hash(tables: Iterable[Rows]) -> str:
@@ -271,8 +279,9 @@ def read_tables(
         _require_texts(rows)
         if pair_by in rows.made_up and len(set(map(resolve, paths.values()))) > 1:
             raise DataError(
-                f"dataset.pair_by={pair_by}: {rows.origin} has no column {pair_by!r}, so nothing says which of its rows "
-                f"belong to those of the other table; it has {sorted(rows.columns)}. dataset.pair_by=text pairs by text"
+                f"dataset.pair_by={pair_by}: {rows.origin} has no column {pair_by!r}, so nothing says which of its "
+                f"rows belong to those of the other table; it has {sorted(rows.columns)}. dataset.pair_by=text pairs "
+                "by text"
             )
     if pair_by == "concept_id" and all(_has_numbers(rows) for rows in tables.values()):
         return tables

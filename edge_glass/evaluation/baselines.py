@@ -8,11 +8,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from edge_glass.data.batch import AudioClips
+from edge_glass.encoders.audio import HOP_SAMPLES, SAMPLING_RATE, LogMel
 from edge_glass.evaluation.names import RECALL_AT
 from edge_glass.evaluation.retrieval import retrieval_metrics
-
-SAMPLING_RATE = 16_000
+from edge_glass.models.pooling import segment_shares
 WINDOW, HOP = 400, 160  # 25 ms and 10 ms
 
 
@@ -56,48 +58,31 @@ def pixel_features(pictures: Tensor, size: int = 32) -> Tensor:
     return small.flatten(1)
 
 
-def log_mel(waveform: Tensor, bands: int = 40) -> Tensor:
-    """The log-mel spectrogram of one clip at 16 kHz, 25 ms windows every 10 ms.
-
-    Args:
-        waveform: `[samples]` float.
-        bands: mel bands from 0 to 8 kHz (HTK scale).
-
-    Returns:
-        `[bands, frames]`, log10 power.
-    """
-    padded = F.pad(waveform.float(), (0, max(0, WINDOW - len(waveform))))
-    hann = torch.hann_window(WINDOW)
-    spectrum = torch.stft(padded, WINDOW, HOP, window=hann, center=False, return_complex=True)
-    return (_mel_filters(bands) @ spectrum.abs().square()).clamp(min=1e-8).log10()
-
-
-@functools.cache
-def _mel_filters(bands: int) -> Tensor:
-    """Triangles with peaks equally spaced in mel = 2595 log10(1 + Hz / 700). `[bands, frequencies]`"""
-    frequencies = torch.linspace(0, SAMPLING_RATE / 2, WINDOW // 2 + 1)
-    mel = torch.linspace(0, 2595 * math.log10(1 + SAMPLING_RATE / 2 / 700), bands + 2)
-    edges = 700 * (10 ** (mel / 2595) - 1)  # [bands + 2] Hz
-    rising = (frequencies - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
-    falling = (edges[2:, None] - frequencies) / (edges[2:] - edges[1:-1])[:, None]
-    return torch.minimum(rising, falling).clamp(min=0)
-
-
-def speech_features(waveforms: Sequence[Tensor], segments: int = 10) -> Tensor:
+def speech_features(
+    waveforms: Sequence[Tensor], segments: int = 10, bands: int = 40, seconds: float = 3.0, batch: int = 256
+) -> Tensor:
     """Clips as the mean log-mel spectra of equal stretches of time, loudness removed.
 
     Args:
         waveforms: `[samples]` float clips at 16 kHz, of any length.
         segments: stretches a clip is cut into.
+        bands: mel bands.
+        seconds: what comes after is cut.
+        batch: clips at a time.
 
     Returns:
         `[clips, bands * segments]`.
     """
-    clips = []
-    for waveform in waveforms:
-        mel = F.adaptive_avg_pool1d(log_mel(waveform), segments)  # [bands, segments]
-        clips.append((mel - mel.mean()).flatten())
-    return torch.stack(clips)
+    mel = LogMel(bands, int(seconds * SAMPLING_RATE) // HOP_SAMPLES)
+    features = []
+    for start in range(0, len(waveforms), batch):
+        part = [waveform.float() for waveform in waveforms[start : start + batch]]
+        lengths = torch.tensor([len(waveform) for waveform in part])
+        spectra = mel(AudioClips(pad_sequence(part, batch_first=True), lengths))  # [clips, bands, frames]
+        heard = torch.arange(mel.frames) < (lengths / HOP_SAMPLES).ceil().clamp(1, mel.frames)[:, None]
+        means = segment_shares(heard, segments) @ spectra.transpose(1, 2)  # [clips, segments, bands]
+        features.append((means - means.mean(dim=(1, 2), keepdim=True)).flatten(1))
+    return torch.cat(features)
 
 
 def nearest_neighbour(

@@ -1,6 +1,6 @@
 """The views of a data set: which rows ask, which are ranked, and the figures of a task on them."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from edge_glass.data.batch import SkippedRow
+from edge_glass.data.batch import MODALITIES, SkippedRow
 from edge_glass.data.datasets import Decoding
 from edge_glass.data.loader import Collate, EvaluationBatches
 from edge_glass.data.rows import DataError, Rows
@@ -30,6 +30,7 @@ class Views:
         decoding: what the towers need.
         collate: normalisation.
         widths: nested widths, the full one included or not.
+        modalities: those that the tasks to evaluate have towers for.
         batch_size: rows embedded at a time.
 
     Raises:
@@ -43,6 +44,7 @@ class Views:
         decoding: Decoding,
         collate: Collate,
         widths: list[int],
+        modalities: Collection[str] = MODALITIES,
         batch_size: int = 256,
     ):
         self.views = views
@@ -58,7 +60,7 @@ class Views:
         self.batches = {
             name: EvaluationBatches(rows, name, decoding, collate, batch_size)
             for name, rows in ((name, self._needed(name)) for name in self.tables)
-            if rows is not None
+            if rows is not None and name in modalities
         }
         self.skipped: dict[str, SkippedRow] = {}
 

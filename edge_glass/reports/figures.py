@@ -224,10 +224,12 @@ def _mel_picture(waveform: np.ndarray) -> np.ndarray:
     """Log-mel spectrogram `[bands, frames]` with 60 dB of range."""
     import torch
 
-    from edge_glass.evaluation.baselines import log_mel
+    from edge_glass.data.batch import AudioClips
+    from edge_glass.encoders.audio import HOP_SAMPLES, LogMel
 
-    mel = log_mel(torch.as_tensor(np.asarray(waveform)), bands=64).numpy()
-    return mel.clip(min=mel.max() - 6)
+    clip = torch.as_tensor(np.asarray(waveform), dtype=torch.float32)[None]
+    mel = LogMel(64, -(-clip.shape[1] // HOP_SAMPLES))(AudioClips(clip, torch.tensor([clip.shape[1]])))[0].numpy()
+    return mel.clip(min=mel.max() - 1.5)  # 40 dB a unit
 
 
 def _validation_curves(

@@ -45,7 +45,8 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         final = self._path(step)
         temporary = self.folder / f".{final.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
+        for torn in self.folder.glob(".step-*.tmp"):  # by a process that was killed
+            shutil.rmtree(torn)
         temporary.mkdir()
         save_file(trained_state(task), temporary / WEIGHTS)
         torch.save({"step": step, **state}, temporary / STATE)

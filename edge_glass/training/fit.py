@@ -17,11 +17,11 @@ from edge_glass.data.rows import data_hash
 from edge_glass.distributed import barrier, current_ranks
 from edge_glass.experiment import Experiment, build, build_experiment, choose_precision, set_threads
 from edge_glass.models.alignment import format_parameter_table, parameter_table
-from edge_glass.results import evaluate_run
+from edge_glass.results import evaluate_run, validation_figures
 from edge_glass.runs import CONFIG, SUMMARY, keep_metrics_until, write_json
 from edge_glass.tasks import AlignmentTask
 from edge_glass.training.checkpoints import Checkpoints, load_state, load_weights
-from edge_glass.training.logs import open_sinks
+from edge_glass.training.logs import Sink, open_sinks
 from edge_glass.training.loop import Limits, Trainer
 from edge_glass.training.optimization import parameter_groups
 from edge_glass.training.summary import commit, peak_memory_mb, skipped_rows, versions
@@ -64,28 +64,36 @@ class Run:
         self.run_dir = run_dir
         self.main = current_ranks().rank == 0
         self.checkpoints = Checkpoints(run_dir, self.config.training.keep_last)
+        view = self.config.dataset.validation_view
+        self.validation = experiment.views([view]) if view is not None and self.main else None
         self.last_figures: dict[str, float] = {}
 
     def run(self) -> float | None:
         began = time.monotonic()
         trainer = self._trainer()
-        if self.main:
-            self._open_folder()
         if self.config.training.resume:
             self._resume(trainer)
-        stopped_by = trainer.run()
-        for sink in trainer.sinks:
-            sink.close()
+        if self.main:
+            trainer.sinks = self._open_folder()
+        try:
+            stopped_by = trainer.run()
+        finally:
+            for sink in trainer.sinks:
+                sink.close()
+        skipped = on_all_ranks(trainer.progress.skipped)
         if not self.main:
             barrier()
             return None
-        if self.config.training.test_checkpoint == "best":
+        best = self.config.training.test_checkpoint == "best"
+        if best:
             load_weights(self.experiment.task, self.checkpoints.find("best"))
+        if self.validation is not None and (best or not self.last_figures):
+            self._validate(self.experiment.task)  # of the weights that are judged, not of the last step's
         summary = self._summary(trainer, stopped_by)
         write_json(self.run_dir / SUMMARY, summary)  # before the evaluation, so that its failure costs no figures
         results = evaluate_run(self.experiment, self.run_dir, self.last_figures)
         summary |= results.summary()
-        skipped = trainer.progress.skipped | results.skipped
+        skipped |= results.skipped
         rows = sum(len(table) for table in self.experiment.tables.values())
         summary["skipped_rows"] = skipped_rows(skipped, rows)
         summary["total_seconds"] = round(time.monotonic() - began, 2)
@@ -102,17 +110,8 @@ class Run:
         assert isinstance(options, dict)
         groups = parameter_groups(task, options.get("weight_decay", 0.0))
         optimizer = build(config.optimization.optimizer, params=groups)
-        view = config.dataset.validation_view
-        validation = self.experiment.views([view]) if view is not None and self.main else None
-
-        def evaluate(task: AlignmentTask) -> dict[str, float]:
-            assert validation is not None
-            figures = validation.evaluate(task, self.experiment.device).metrics
-            self.last_figures = figures | {f"{view}/mean/R@1": mean_over_directions(figures)}
-            return self.last_figures
-
-        plain = OmegaConf.to_container(config, enum_to_str=True)
-        assert isinstance(plain, dict)
+        # Ranks began with equal weights; what they draw from here on (dropout, augmentation) is their own.
+        torch.manual_seed(config.seed + 1 + current_ranks().rank)
         return Trainer(
             task,
             optimizer,
@@ -130,17 +129,24 @@ class Run:
             config.optimization.accumulation,
             choose_precision(config.training.precision.value, self.experiment.device),
             config.optimization.clip_norm,
-            evaluate if validation is not None else None,
-            config.training.monitor if validation is not None else None,
+            self._validate if self.validation is not None else None,
+            config.training.monitor if self.validation is not None else None,
             self.checkpoints,
-            open_sinks(self.run_dir, plain["logger"], plain) if self.main else [],
         )
 
-    def _open_folder(self) -> None:
+    def _validate(self, task: AlignmentTask) -> dict[str, float]:
+        assert self.validation is not None
+        self.last_figures = validation_figures(self.validation, task, self.experiment.device)
+        return self.last_figures
+
+    def _open_folder(self) -> list[Sink]:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         save_config(self.config, self.run_dir / CONFIG)
         rows = parameter_table(self.experiment.task.model)
         print(f"run folder: {self.run_dir}\n\n{format_parameter_table(rows)}\n", flush=True)
+        plain = OmegaConf.to_container(self.config, enum_to_str=True)
+        assert isinstance(plain, dict)
+        return open_sinks(self.run_dir, plain["logger"], plain)
 
     def _resume(self, trainer: Trainer) -> None:
         folder = self.checkpoints.find("last")
@@ -175,10 +181,13 @@ class Run:
         }
 
 
-def mean_over_directions(figures: dict[str, float]) -> float:
-    """The mean R@1 at full width over the directions that a view has."""
-    values = [value for name, value in figures.items() if name.endswith("/R@1")]
-    return sum(values) / len(values)
+def on_all_ranks(skipped: dict[str, str]) -> dict[str, str]:
+    """The undecodable rows of all ranks together."""
+    gathered = [skipped]
+    if (world_size := current_ranks().world_size) > 1:
+        gathered *= world_size
+        dist.all_gather_object(gathered, skipped)
+    return {sample: reason for part in gathered for sample, reason in part.items()}
 
 
 @contextlib.contextmanager

@@ -217,6 +217,7 @@ class Trainer:
         self._count_skipped(batch)
         micro_batches = [part.to(self.device) for part in batch.split(self.accumulation)]
         self.optimizer.zero_grad(set_to_none=True)
+        buffers = [buffer.clone() for buffer in self.task.buffers()]
         loss, figures = accumulate_exact(
             self.wrapped,  # type: ignore[arg-type]
             micro_batches,
@@ -230,7 +231,7 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self._nonfinite_in_a_row.clear()
         else:
-            self._leave_out(batch, loss)
+            self._leave_out(batch, loss, buffers)
         self.scaler.update()
         self.scheduler.step()
         return {"loss": loss, **figures, "gradient_norm": norm}
@@ -240,9 +241,11 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision])
 
-    def _leave_out(self, batch: Batch, loss: Tensor) -> None:
+    def _leave_out(self, batch: Batch, loss: Tensor, buffers: list[Tensor]) -> None:
         # fp16 finds its loss scale by overflowing now and then: the scaler has halved it, nothing is wrong yet.
         self.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(self.task.buffers(), buffers, strict=True):
+            buffer.copy_(before)  # running statistics would never forget a NaN
         self.progress.nonfinite_steps += 1
         self._nonfinite_in_a_row.append(batch.sample_ids)
         if len(self._nonfinite_in_a_row) <= self.limits.max_nonfinite:

@@ -141,7 +141,9 @@ def test_stereo_at_another_rate_becomes_mono_at_16_khz_with_its_pitch():
     assert clip.abs().max() == pytest.approx(0.25, abs=0.01)  # the mean of the channels
 
 
-@pytest.mark.parametrize(("format", "subtype"), [("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "OPUS"), ("AIFF", "PCM_24")])
+@pytest.mark.parametrize(
+    ("format", "subtype"), [("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "OPUS"), ("AIFF", "PCM_24")]
+)
 def test_usual_formats_are_read(format, subtype):
     clip = decode_audio(mini.wav(sine(500, 16_000), subtype=subtype, format=format), max_seconds=1)
     assert len(clip) == 8000
@@ -186,7 +188,18 @@ NAN[100] = np.nan
         (mini.wav(sine(440, 16_000), subtype="VORBIS", format="OGG")[:-300], ""),
         (mini.wav(NAN, subtype="FLOAT"), "no numbers"),
     ],
-    ids=["nothing", "web page", "picture", "empty", "torn wav", "torn aiff", "torn flac", "torn opus", "torn vorbis", "nan"],
+    ids=[
+        "nothing",
+        "web page",
+        "picture",
+        "empty",
+        "torn wav",
+        "torn aiff",
+        "torn flac",
+        "torn opus",
+        "torn vorbis",
+        "nan",
+    ],
 )
 def test_what_is_no_whole_clip_is_undecodable_and_says_why(data, reason):
     with pytest.raises(Undecodable, match=f"^audio: .*{reason}"):

@@ -164,7 +164,7 @@ def test_every_drawing_is_64_pixels_square_on_white_and_not_blank(images):
         pixels = np.asarray(Image.open(io.BytesIO(r["image"]["bytes"])).convert("RGB"), dtype=np.int16)
         assert pixels.shape == (64, 64, 3), r["sample_id"]
         assert (pixels < 250).any(-1).mean() > 0.02, r["sample_id"]
-        assert pixels.std() > 5, r["sample_id"]
+        assert pixels.std() > 2, r["sample_id"]  # the palest is a light grey square
 
 
 def test_sampled_clips_are_mono_16_khz_of_sane_length_and_level(clips):

@@ -12,7 +12,11 @@ from edge_glass.data.rows import DataError, read_tables
 from tests import mini
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
-DECODING = Decoding(image_size=16, seconds=1.0)
+
+
+def decoding() -> Decoding:
+    """One of its own for each data set: what it has decoded it keeps, by sample id."""
+    return Decoding(image_size=16, seconds=1.0)
 
 
 def taken(count, *arguments, **options):
@@ -33,7 +37,7 @@ def collate(augmented=True) -> Collate:
 
 
 def batches_of(tables, count, batch_size, workers=0, first=0, **place) -> list[Batch]:
-    dataset = TriModalDataset(tables, DECODING, keyword_share=0.5, seed=1)
+    dataset = TriModalDataset(tables, decoding(), keyword_share=0.5, seed=1)
     order = EpochBatches(len(dataset), batch_size, 1, first=first, **place)
     return list(islice(training_loader(dataset, collate(), order, workers), count))
 
@@ -74,7 +78,7 @@ def test_a_resumed_order_goes_on_where_the_first_stopped(first):
 def test_the_ranks_share_out_the_batches_of_one_process():
     whole = taken(8, 50, 8)
     parts = [taken(8, 50, 2, rank=rank, world_size=4) for rank in range(4)]
-    assert [sum(shares, []) for shares in zip(*parts, strict=True)] == whole
+    assert [flat(shares) for shares in zip(*parts, strict=True)] == whole
 
 
 def test_a_set_smaller_than_a_global_batch_is_refused():
@@ -142,11 +146,11 @@ def test_a_batch_splits_into_equal_parts_or_says_that_it_cannot():
 @pytest.mark.parametrize("modality", ["image", "audio", "text"])
 def test_evaluation_reads_every_row_once_in_order_without_augmentation(tables, modality):
     rows = tables["image" if modality == "text" else modality]
-    batches = list(EvaluationBatches(rows, modality, DECODING, collate(), batch_size=10))
+    batches = list(EvaluationBatches(rows, modality, decoding(), collate(), batch_size=10))
     assert [sample for batch in batches for sample in batch.sample_ids] == rows.column("sample_id")
     assert torch.cat([batch.concept_ids for batch in batches]).tolist() == rows.column("concept_id")
     assert all(batch.modalities() == [modality] for batch in batches)
-    again = list(EvaluationBatches(rows, modality, DECODING, collate(augmented=False), batch_size=10))
+    again = list(EvaluationBatches(rows, modality, decoding(), collate(augmented=False), batch_size=10))
     for first, second in zip(batches, again, strict=True):
         if modality == "image":
             assert torch.equal(first.image, second.image)
@@ -161,7 +165,7 @@ def test_evaluation_leaves_broken_rows_out_and_names_them(tmp_path):
     for number in (0, 4, 5, 6, 7):
         rows[number]["image"]["bytes"] = b"torn"
     table = read_tables(mini.write_parquet(tmp_path / "rows.parquet", rows), None)["image"]
-    batches = EvaluationBatches(table, "image", DECODING, collate(), batch_size=4)
+    batches = EvaluationBatches(table, "image", decoding(), collate(), batch_size=4)
     for _ in range(2):  # counted anew each time
         found = [sample for batch in batches for sample in batch.sample_ids]
         assert found == ["pen/1", "pen/2", "pen/3", "pen/8"]

@@ -23,9 +23,7 @@ def splits(rows):
 @pytest.fixture
 def three_forms(tmp_path):
     """The same rows as metadata.jsonl, as metadata.json and as parquet with the bytes inside."""
-    rows = [
-        {"sample_id": str(i), "caption": mini.names()[i], "image_path": f"pictures/{i}.png"} for i in range(4)
-    ]
+    rows = [{"sample_id": str(i), "caption": mini.names()[i], "image_path": f"pictures/{i}.png"} for i in range(4)]
     for form in ("jsonl", "json"):
         (tmp_path / form / "pictures").mkdir(parents=True)
         for i in range(4):
@@ -182,6 +180,7 @@ def test_where_keeps_the_rows_that_meet_every_condition(tmp_path):
         ({"metadata.jsonl": '{"text": "a"}\n{"text": '}, ["line 2"]),
         ({"metadata.jsonl": '{"text": "a"}\n["b"]'}, ["line 2", "['b']"]),
         ({"metadata.jsonl": '{"text": "a"}\n{"text": {"b": 1}}'}, ["metadata.jsonl"]),
+        ({"metadata.jsonl": '{"sample_id": "a"}\n{"sample_id": "a"}'}, ["2 rows", "sample_id 'a'", "concept_id"]),
         ({"rows.parquet": "no parquet"}, ["rows.parquet"]),
     ],
 )
@@ -216,9 +215,7 @@ def test_shipped_data_is_found_from_any_folder(tmp_path, monkeypatch):
 
 def test_a_missing_column_is_named_with_those_that_are_there(tmp_path):
     folder = mini.write_jsonl(tmp_path / "rows", [{"text": "a", "picture": "a.png"}])
-    with pytest.raises(
-        DataError, match=r"no column 'image'.*\['concept_id', 'picture', 'sample_id', 'text'\]"
-    ):
+    with pytest.raises(DataError, match=r"no column 'image'.*\['concept_id', 'picture', 'sample_id', 'text'\]"):
         read_tables(folder, None)
     with pytest.raises(DataError, match=r"dataset\.image or dataset\.audio"):
         read_tables(None, None)
@@ -236,8 +233,7 @@ def test_pairing_through_text_unifies_concepts_without_case_and_outer_blanks(tmp
     speech = mini.write_jsonl(tmp_path / "a", [{"text": t, "audio": "x"} for t in ("fish", " dog ", "cat")])
     tables = read_tables(images, speech, "text")
     ids = {
-        name: dict(zip(rows.column("text"), rows.column("concept_id"), strict=True))
-        for name, rows in tables.items()
+        name: dict(zip(rows.column("text"), rows.column("concept_id"), strict=True)) for name, rows in tables.items()
     }
     assert ids["image"]["Cat"] == ids["audio"]["cat"]
     assert ids["image"]["dog"] == ids["audio"][" dog "]
@@ -262,9 +258,7 @@ def test_pairing_through_samples_makes_each_triplet_a_concept(tmp_path):
 
 
 def test_one_file_without_ids_pairs_its_own_rows(tmp_path):
-    folder = mini.write_jsonl(
-        tmp_path / "rows", [{"text": f"t{i}", "image": "x", "audio": "y"} for i in range(3)]
-    )
+    folder = mini.write_jsonl(tmp_path / "rows", [{"text": f"t{i}", "image": "x", "audio": "y"} for i in range(3)])
     for pair_by in ("sample_id", "concept_id"):
         tables = read_tables(folder, folder, pair_by)
         assert tables["image"].column("concept_id") == tables["audio"].column("concept_id")
@@ -279,9 +273,7 @@ def test_two_files_without_the_ids_that_pair_them_are_refused(tmp_path, pair_by)
 
 
 def test_concepts_may_be_named_by_words(tmp_path):
-    images = mini.write_jsonl(
-        tmp_path / "i", [{"concept_id": c, "text": c, "image": "x"} for c in ("cat", "dog")]
-    )
+    images = mini.write_jsonl(tmp_path / "i", [{"concept_id": c, "text": c, "image": "x"} for c in ("cat", "dog")])
     speech = mini.write_jsonl(
         tmp_path / "a", [{"concept_id": c, "text": c, "audio": "x"} for c in ("dog", "eel", "cat")]
     )

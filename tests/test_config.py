@@ -1,0 +1,178 @@
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from edge_glass.config import (
+    ConfigError,
+    check,
+    explain_override,
+    load_config,
+    modalities,
+    save_config,
+    to_experiment,
+)
+from edge_glass.signatures import check_targets
+from tests import mini
+
+ROOT = mini.CONF.parent
+PATHS = {
+    "dataset/image_text": ["encoder=vision_text", "dataset.image=pictures"],
+    "dataset/audio_text": ["encoder=audio_text", "dataset.audio=speech"],
+    "dataset/triplets": ["dataset.image=pictures", "dataset.audio=speech"],
+}
+PARTS = {  # groups that a tower takes in: at which places
+    "resampler": [f"resampler@encoder.{name}.resampler" for name in ("image", "audio", "text")],
+    "projection": [f"projection@encoder.{name}.projection" for name in ("image", "audio", "text")],
+}
+NO_GROUPS = ("hydra", "tower")  # Hydra's own looks; parts of every encoder
+
+
+def options() -> list[tuple[str, ...]]:
+    """Every option of every group, as a command line."""
+    found = []
+    for file in sorted(mini.CONF.glob("*/*.yaml")):
+        group, option = file.parent.name, file.stem
+        if group in NO_GROUPS or file.name == "space.yaml":
+            continue
+        found += [(f"{place}={option}", *PATHS.get(f"{group}/{option}", ())) for place in PARTS.get(group, [group])]
+    return found
+
+
+def documented() -> list[tuple[str, ...]]:
+    """Every `python train.py ...` of the docs and of the headers under conf/, as a command line."""
+    commands = set()
+    for file in (ROOT / "train.py", *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *mini.CONF.rglob("*.yaml")):
+        for line in re.findall(r"python train\.py ([^`#\n]*)", file.read_text(encoding="utf-8")):
+            words = [word for word in shlex.split(line.replace("'", "")) if "=" in word]
+            if words and not any(word.startswith("training.resume") or "<" in word for word in words):
+                commands.add(tuple(words))
+    return sorted(commands)
+
+
+def checked(*overrides: str):
+    """What `python train.py <overrides>` does before it imports anything heavy, and the check of other packages."""
+    try:
+        composed = mini.composed(*overrides)
+    except ConfigCompositionException as error:
+        raise ConfigError(explain_override(error)) from error
+    config = to_experiment(composed)
+    check_targets(OmegaConf.to_container(config), foreign=True)
+    return config
+
+
+@pytest.mark.parametrize("command", options(), ids=" ".join)
+def test_every_option_of_every_group_is_a_valid_config(command):
+    assert len(modalities(checked(*command))) >= 2
+
+
+def test_there_are_documented_commands_to_test():
+    assert len(documented()) > 15
+
+
+@pytest.mark.parametrize("command", documented(), ids=" ".join)
+def test_every_documented_command_is_a_valid_config(command):
+    checked(*command)
+
+
+@pytest.mark.parametrize(
+    ("option", "present"),
+    [
+        ("trimodal", ["image", "audio", "text"]),
+        ("vision_text", ["image", "text"]),
+        ("audio_text", ["audio", "text"]),
+    ],
+)
+def test_an_encoder_has_the_towers_that_its_name_says(option, present):
+    assert modalities(checked(f"encoder={option}")) == present
+
+
+def test_the_space_is_written_once_and_reaches_every_tower_and_the_loss():
+    config = checked("encoder.dim=96", "encoder.widths=[96,24]")
+    assert [config.encoder[name].projection.out_dim for name in modalities(config)] == [96, 96, 96]
+    assert list(config.objective.widths) == [96, 24]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["training.max_stepz=3"], ["training.max_stepz", "Did you mean training.max_steps?"]),
+        (["encoder.image.projection.hiden_dim=3"], ["Did you mean encoder.image.projection.hidden_dim?"]),
+        (["trainng.max_steps=3"], ["trainng", "Did you mean training?"]),
+        (["+training.max_stepz=3"], ["training.max_stepz", "Did you mean training.max_steps?"]),
+        (["+speed=3"], ["speed", "backbone", "training"]),
+        (["backbone=tinny"], ["backbone/tinny", "tiny", "pretrained"]),
+        (["backbon=tiny"], ["backbon"]),
+        (["training.max_steps=many"], ["training.max_steps", "many"]),
+        (["training.max_steps=null"], ["training.max_steps"]),
+        (["dataset.keep_decoded_mb=[1]"], ["dataset.keep_decoded_mb"]),
+        (["training.precision=fp8"], ["training.precision", "fp8", "bf16"]),
+        (["dataset.pair_by=colour"], ["dataset.pair_by", "colour", "sample_id"]),
+        (["logger.wandb.mode=sometimes"], ["logger.wandb.mode", "sometimes", "offline"]),
+        (["encoder.dim=256", "encoder.widths=[300,64]"], ["encoder.widths=[300, 64]", "encoder.dim=256"]),
+        (["encoder.dim=512"], ["encoder.widths=[", "encoder.dim=512", "[512, 256]"]),
+        (["encoder.widths=[256,0]"], ["encoder.widths=[256, 0]", "positive"]),
+        (["encoder.widths=[256,64,64]"], ["encoder.widths=[256, 64, 64]", "distinct"]),
+        (["encoder.widths=[]"], ["encoder.widths=[]"]),
+        (["encoder.widths=wide"], ["encoder.widths", "wide"]),
+        (["objective.widths=[9999]"], ["objective.widths=[9999]", "encoder.dim="]),
+        (["encoder.image=null", "encoder.audio=null"], ["encoder", "['text']", "at least two"]),
+        (["encoder=vision_text", "dataset=image_text"], ["dataset.image", "a value is missing"]),
+        (["dataset.image=null"], ["dataset.image is null", "encoder=audio_text"]),
+        (["dataset.audio=null"], ["dataset.audio is null", "encoder=vision_text"]),
+        (["optimization.batch_size=1"], ["optimization.batch_size=1", "at least 2"]),
+        (["optimization.accumulation=0"], ["optimization.accumulation=0", "at least 1"]),
+        (["training.max_steps=0"], ["training.max_steps=0", "at least 1"]),
+        (["training.workers=-1"], ["training.workers=-1", "at least 0"]),
+        (["launch.nproc_per_node=0"], ["launch.nproc_per_node=0", "at least 1"]),
+        (["training.max_seconds=0"], ["training.max_seconds=0", "positive"]),
+        (["training.test_checkpoint=newest"], ["training.test_checkpoint='newest'", "'last' or 'best'"]),
+        (["training.test_checkpoint=best", "training.monitor=null"], ["training.monitor"]),
+        (["dataset.validation_view=vall"], ["dataset.validation_view='vall'", "'val', 'test'"]),
+        (["dataset.max_bad_share=2"], ["dataset.max_bad_share=2", "0..1"]),
+        (["dataset.shares={val: 0.6, test: 0.5}"], ["dataset.shares", "0.6", "below 1"]),
+        (["dataset.shares={val: -0.1}"], ["dataset.shares", "-0.1"]),
+        (["~dataset.views", "dataset.validation_view=null"], ["dataset.views is empty"]),
+        (["name=${nme}"], ["name", "nme"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else "",
+)
+def test_what_does_not_fit_is_named_with_what_would(overrides, words):
+    with pytest.raises(ConfigError) as found:
+        checked(*overrides)
+    message = str(found.value)
+    assert [word for word in words if word not in message] == []
+    assert "Traceback" not in message and "object_type" not in message
+
+
+def test_a_config_is_read_back_as_it_was_written(tmp_path):
+    for command in ((), ("encoder=vision_text", "training.precision=bf16", "dataset.pair_by=text", "logger=wandb")):
+        config = checked(*command)
+        save_config(config, tmp_path / "config.yaml")
+        again = load_config(tmp_path / "config.yaml")
+        assert again == config
+        assert OmegaConf.get_type(again.training) is OmegaConf.get_type(config.training)
+
+
+def test_a_written_config_holds_no_reference(tmp_path):
+    save_config(checked(), tmp_path / "config.yaml")
+    assert "${" not in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_missing_or_foreign_config_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"no config at .*nothing\.yaml"):
+        load_config(tmp_path / "nothing.yaml")
+    (tmp_path / "other.yaml").write_text("learning_rate: 3\n")
+    with pytest.raises(ConfigError, match="learning_rate"):
+        load_config(tmp_path / "other.yaml")
+
+
+def test_checking_changes_nothing():
+    config = checked()
+    before = OmegaConf.to_yaml(config)
+    check(config)
+    assert OmegaConf.to_yaml(config) == before
+    assert isinstance(config.name, str) and Path(config.dataset.image).suffix == ".parquet"
