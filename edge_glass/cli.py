@@ -10,7 +10,7 @@ def run_command(main: Callable[[], None]) -> None:
 
     Anything else keeps its traceback and exits with code 1.
     """
-    from hydra.errors import ConfigCompositionException, HydraException
+    from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     from edge_glass.config import explain, explain_override
@@ -21,12 +21,10 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         message = str(error)
-    except ConfigCompositionException as error:
+    except HydraException as error:
         message = explain_override(error)
     except OmegaConfBaseException as error:
         message = explain(error)
-    except HydraException as error:
-        message = str(error)
     else:
         return
     print(f"error: {message}", file=sys.stderr)

@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -173,7 +174,7 @@ def to_experiment(config: DictConfig) -> DictConfig:
         OmegaConf.resolve(typed)
         OmegaConf.to_container(typed, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from error
+        raise ConfigError(explain(error, config)) from error
     assert isinstance(typed, DictConfig)
     check(typed)
     return typed
@@ -215,7 +216,8 @@ def check(config: DictConfig) -> None:
     widths = list(encoder.widths)
     if not widths or max(widths) != encoder.dim or min(widths) < 1 or len(set(widths)) != len(widths):
         raise ConfigError(
-            f"encoder.widths={widths} does not fit encoder.dim={encoder.dim}: the widths are distinct and positive, and "
+            f"encoder.widths={widths} does not fit encoder.dim={encoder.dim}: the widths are distinct and "
+            f"positive, and "
             f"the largest is the dim, say [{encoder.dim}, {max(encoder.dim // 2, 1)}]"
         )
     compared = config.objective.get("widths") if config.objective is not None else None
@@ -227,7 +229,8 @@ def check(config: DictConfig) -> None:
     for name in present:
         if name != "text" and dataset[name] is None:
             raise ConfigError(
-                f"encoder has a tower for {name}, but dataset={dataset.name} has no {name} rows (dataset.{name} is null); "
+                f"encoder has a tower for {name}, but dataset={dataset.name} has no {name} rows (dataset.{name} "
+                f"is null); "
                 + ("choose encoder=audio_text" if name == "image" else "choose encoder=vision_text")
                 + " or another dataset"
             )
@@ -254,7 +257,8 @@ def check(config: DictConfig) -> None:
         raise ConfigError("dataset.views is empty: name at least one view to evaluate the run on")
     if dataset.validation_view is not None and dataset.validation_view not in dataset.views:
         raise ConfigError(
-            f"dataset.validation_view={dataset.validation_view!r}: not among dataset.views, which are {list(dataset.views)}"
+            f"dataset.validation_view={dataset.validation_view!r}: not among dataset.views, which are "
+            f"{list(dataset.views)}"
         )
     if not 0 <= dataset.max_bad_share <= 1:
         raise ConfigError(f"dataset.max_bad_share={dataset.max_bad_share}: give a share in 0..1")
@@ -269,7 +273,9 @@ def explain_override(error: Exception) -> str:
     cause = error.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         return f"{str(error).splitlines()[0]} {_known(cause)}"
-    return str(error)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} cannot be read as key=value: {str(error).splitlines()[0]}"
+    return str(error).split("Config search path")[0].strip()
 
 
 def _known(error: OmegaConfBaseException) -> str:
@@ -287,14 +293,23 @@ def _known(error: OmegaConfBaseException) -> str:
     return f"{hint}There is no key {key!r} in {place.rstrip('.') or 'the config'}; it has {known}."
 
 
-def explain(error: OmegaConfBaseException) -> str:
-    """One line on a key or value that does not fit, with what would."""
+def explain(error: OmegaConfBaseException, config: DictConfig | None = None) -> str:
+    """One line on a key or value that does not fit, with what would.
+
+    Args:
+        error: what OmegaConf raised.
+        config: where the value came from.
+    """
     key = error.full_key or error.key
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         return f"{key}: {_known(error)}"
     if isinstance(error, MissingMandatoryValue):
         return f"{key}: a value is missing; give it on the command line as {key}=..."
     first = str(error).splitlines()[0]
+    if key is None:
+        return first
+    if isinstance(error, ValidationError) and config is not None:
+        return f"{key}={OmegaConf.select(config, str(key))}: {first}"
     if isinstance(error, ValidationError | InterpolationResolutionError):
         return f"{key}: {first}"
     return f"{key}: {type(error).__name__}: {first}"

@@ -128,9 +128,7 @@ def evaluate_folder(folder: str, checkpoint: str = "last", device: str = "auto")
     return summary
 
 
-def _nearest(
-    experiment: Experiment, views: Views, view: str, embedded: Mapping[str, Embedded]
-) -> dict[str, float]:
+def _nearest(experiment: Experiment, views: Views, view: str, embedded: Mapping[str, Embedded]) -> dict[str, float]:
     """What the nearest training drawing or clip, untrained, would have answered in the first test view."""
     queries, _ = views.rows_of(view, embedded)
     found = {}

@@ -94,11 +94,11 @@ def _own_signature(target: str, key: str) -> Signature:
         body: list[ast.stmt] = tree.body
         found: ast.stmt | None = None
         for name in parts[split:]:
-            found = next(
-                (s for s in body if isinstance(s, ast.ClassDef | ast.FunctionDef) and s.name == name), None
-            )
+            found = next((s for s in body if isinstance(s, ast.ClassDef | ast.FunctionDef) and s.name == name), None)
             if found is None:
                 names = [s.name for s in body if isinstance(s, ast.ClassDef | ast.FunctionDef) and s.name[0] != "_"]
+                if not names:  # a package: its __init__ is a docstring
+                    raise ConfigError(f"{key}._target_={target!r}: there is no module {name!r} in that package")
                 raise ConfigError(f"{key}._target_={target!r}: no {name!r} there; there are {names}")
             body = getattr(found, "body", [])
         if isinstance(found, ast.ClassDef):
@@ -183,7 +183,7 @@ def _fits(value: Any, annotation: ast.expr) -> bool:
             return isinstance(value, dict) and all(_fits(element, item) for element in value.values())
         case ast.Attribute() | ast.Name():
             # a built object is wanted: null and plain values cannot be one
-            return not isinstance(value, int | float | bool | str | list) and value is not None or _is_any(annotation)
+            return (not isinstance(value, int | float | bool | str | list) and value is not None) or _is_any(annotation)
     return True
 
 

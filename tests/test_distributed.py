@@ -48,9 +48,7 @@ def _collectives() -> dict:
     weights = torch.arange(8.0).reshape(4, 2) * (ranks.rank + 1)
     (everyones * weights).sum().backward()
     added = torch.zeros(2, 2, requires_grad=True), torch.zeros(2, 2, requires_grad=True)
-    (
-        (gather(added[0]) + gather(added[1])) * weights
-    ).sum().backward()  # both gathers get one and the same gradient
+    ((gather(added[0]) + gather(added[1])) * weights).sum().backward()  # both gathers get one and the same gradient
     uneven = torch.full((1 + 2 * ranks.rank, 2), float(ranks.rank), requires_grad=True)
     gather(uneven).square().sum().backward()
     try:

@@ -72,9 +72,7 @@ SAMPLE_RATE = 16_000
 BITRATE_KBPS = 12  # chosen with --check-intelligibility; the figures are in README.md
 ACTIVE_LEVEL_DBFS = -23.0  # RMS of the speech, pauses left out
 PEAK_LIMIT = 0.9
-SILENCE_BELOW_DB = (
-    -40.0
-)  # relative to the loudest 10 ms; lower keeps breath noise, higher cuts final consonants
+SILENCE_BELOW_DB = -40.0  # relative to the loudest 10 ms; lower keeps breath noise, higher cuts final consonants
 MARGIN_S = 0.05
 OGG_SERIAL = 0x65676C73
 ESPEAK_WORDS_PER_MINUTE = 175  # the engine's default
@@ -87,9 +85,7 @@ PALETTE_COLOURS = 64
 # --- Splits -------------------------------------------------------------------------------------------------
 
 UNSEEN_CONCEPTS = 100
-UNSEEN_MAX_GROUP = (
-    4  # larger families (clock faces, gendered jobs) would fill the held-out set with one topic
-)
+UNSEEN_MAX_GROUP = 4  # larger families (clock faces, gendered jobs) would fill the held-out set with one topic
 VAL_CONCEPTS = 200
 NAME_COSINE = 0.85  # names closer than this under MiniLM count as near-duplicates
 
@@ -196,9 +192,7 @@ def load_concepts(folders: dict[str, Path]) -> list[Concept]:
     concepts = []
     for entry in sorted((e for e in entries if "order" in e), key=lambda e: e["order"]):
         code = bare_code(entry["hexcode"])
-        if entry.get("group") in (None, COMPONENT_GROUP, FLAG_GROUP) or any(
-            code not in i for i in icons.values()
-        ):
+        if entry.get("group") in (None, COMPONENT_GROUP, FLAG_GROUP) or any(code not in i for i in icons.values()):
             continue
         concepts.append(
             Concept(
@@ -301,9 +295,7 @@ PEOPLE = (
 )
 COLOURS = "light blue|red|orange|yellow|green|blue|purple|brown|black|white|grey|pink"
 SIZES = "large|medium-small|medium|small|big|heavy|light"
-DIRECTIONS = (
-    "left|right|up|down|leftwards|rightwards|upwards|downwards|left-facing|right-facing|oncoming|facing right"
-)
+DIRECTIONS = "left|right|up|down|leftwards|rightwards|upwards|downwards|left-facing|right-facing|oncoming|facing right"
 EXPRESSIONS = "with|smiling|open|closed|squinting|slightly|partially|loudly|mouth|eyes"
 VARYING_WORDS = re.compile(rf"\b({PEOPLE}|{COLOURS}|{SIZES}|{DIRECTIONS}|{EXPRESSIONS})(?![\w-])")
 CAT_FACE = re.compile(r"\bcat\b(?= with)|(?<=ing )cat\b|(?<=weary )cat\b")
@@ -455,9 +447,7 @@ def render_png(svg: str) -> bytes:
     return out.getvalue()
 
 
-def image_rows(
-    concepts: list[Concept], folders: dict[str, Path], val: Validation
-) -> Iterable[dict[str, Any]]:
+def image_rows(concepts: list[Concept], folders: dict[str, Path], val: Validation) -> Iterable[dict[str, Any]]:
     """One row a drawing, vendor after vendor."""
     for vendor, package in VENDORS.items():
         icons = json.loads((folders[package] / "icons.json").read_text())
@@ -477,12 +467,7 @@ def image_rows(
 
 def wav_path(work: Path, voice: Voice, spoken: str, stretch: float = 1.0) -> Path:
     """Where the uncompressed recording lies; the path covers all that the recording depends on."""
-    return (
-        work
-        / "wav"
-        / f"{voice.name}_x{stretch:g}"
-        / f"{hashlib.sha256(spoken.encode()).hexdigest()[:20]}.wav"
-    )
+    return work / "wav" / f"{voice.name}_x{stretch:g}" / f"{hashlib.sha256(spoken.encode()).hexdigest()[:20]}.wav"
 
 
 def speak_espeak(voice: Voice, jobs: list[tuple[str, Path]], stretch: float) -> list[list[str]]:
@@ -524,13 +509,9 @@ def synthesize(voice: Voice, names: Iterable[str], work: Path, stretch: float = 
     if not jobs:
         return
     jobs[0][1].parent.mkdir(parents=True, exist_ok=True)
-    commands = ENGINES[voice.engine](
-        voice, [(text, out.with_suffix(".part.wav")) for text, out in jobs], stretch
-    )
+    commands = ENGINES[voice.engine](voice, [(text, out.with_suffix(".part.wav")) for text, out in jobs], stretch)
     with ThreadPoolExecutor(WORKERS) as pool:
-        runs = pool.map(
-            lambda command: subprocess.run(command, check=True, stdout=subprocess.DEVNULL), commands
-        )
+        runs = pool.map(lambda command: subprocess.run(command, check=True, stdout=subprocess.DEVNULL), commands)
         for _ in tqdm(runs, desc=f"speak {voice.name}", total=len(commands)):
             pass
     for _, out in jobs:
@@ -611,12 +592,8 @@ def speech_rows(concepts: list[Concept], work: Path, val: Validation) -> Iterabl
     for voice in VOICES:
         speakable = [c for c in concepts if not (c.unseen and voice.role == "train")]
         with ThreadPoolExecutor(WORKERS) as pool:
-            clips = pool.map(
-                lambda c, v=voice: encode_opus(read_clean(wav_path(work, v, c.spoken))), speakable
-            )
-            for concept, clip in zip(
-                speakable, tqdm(clips, f"encode {voice.name}", len(speakable)), strict=True
-            ):
+            clips = pool.map(lambda c, v=voice: encode_opus(read_clean(wav_path(work, v, c.spoken))), speakable)
+            for concept, clip in zip(speakable, tqdm(clips, f"encode {voice.name}", len(speakable)), strict=True):
                 yield {
                     "sample_id": f"{voice.name}/{concept.code}",
                     **concept.columns(),
@@ -759,9 +736,7 @@ def draw_contact_sheet(images: pa.Table, speech: pa.Table, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    drawings = {
-        (r["text"], r["source"]): r["image"]["bytes"] for r in images.to_pylist() if r["text"] in SHEET_NAMES
-    }
+    drawings = {(r["text"], r["source"]): r["image"]["bytes"] for r in images.to_pylist() if r["text"] in SHEET_NAMES}
     voiced = speech.select(["text", "source", "audio"]).to_pylist()
     clips = {(r["text"], r["source"]): r["audio"]["bytes"] for r in voiced if r["text"] in SHEET_NAMES}
     names = [n for n in SHEET_NAMES if all((n, voice) in clips for voice in SHEET_VOICES)]
@@ -789,9 +764,7 @@ def draw_contact_sheet(images: pa.Table, speech: pa.Table, path: Path) -> None:
         vendors = rows[1].subgridspec(1, len(VENDORS), wspace=0.06)
         for column, vendor in enumerate(VENDORS):
             axis = figure.add_subplot(vendors[column])
-            axis.imshow(
-                PILImage.open(io.BytesIO(drawings[name, vendor])).convert("RGB"), interpolation="lanczos"
-            )
+            axis.imshow(PILImage.open(io.BytesIO(drawings[name, vendor])).convert("RGB"), interpolation="lanczos")
             axis.set_xlabel(vendor, size=8.5, color=faint, labelpad=3)
             frame(axis, "#e3e7ec")
         longest = max(sf.info(io.BytesIO(clips[name, voice])).duration for voice in SHEET_VOICES)
@@ -926,9 +899,7 @@ def check_intelligibility(concepts: list[Concept], work: Path, count: int) -> No
     for row, (kbps, stretch) in enumerate(CONDITIONS):
         hits = np.array([result[row][0] for result in results]) / count
         size = sum(result[row][1] for result in results) / count / len(VOICES)
-        label = (f"{kbps} kbit/s" if kbps else "uncompressed") + (
-            f", {stretch:g} x slower" if stretch != 1 else ""
-        )
+        label = (f"{kbps} kbit/s" if kbps else "uncompressed") + (f", {stretch:g} x slower" if stretch != 1 else "")
         print(f"| {label} | {' | '.join(f'{h:.2f}' for h in hits)} | {hits.mean():.3f} | {size:.0f} |")
 
 
@@ -947,9 +918,7 @@ def build(concepts: list[Concept], folders: dict[str, Path], work: Path, seed: i
     assign_groups(concepts)
     hold_out_concepts(concepts, seed)
     val = choose_validation(concepts, seed)
-    images = pa.Table.from_pylist(
-        list(image_rows(concepts, folders, val)), schema=IMAGE_FEATURES.arrow_schema
-    )
+    images = pa.Table.from_pylist(list(image_rows(concepts, folders, val)), schema=IMAGE_FEATURES.arrow_schema)
     for voice in VOICES:
         synthesize(voice, [c.spoken for c in concepts], work)
     speech = pa.Table.from_pylist(list(speech_rows(concepts, work, val)), schema=SPEECH_FEATURES.arrow_schema)
@@ -962,12 +931,8 @@ def build(concepts: list[Concept], folders: dict[str, Path], work: Path, seed: i
 
 def main() -> None:
     """Read the command line and build, or check intelligibility."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder for downloads and uncompressed speech"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for downloads and uncompressed speech")
     parser.add_argument("--seed", type=int, default=0, help="seed of the splits")
     parser.add_argument("--check-intelligibility", type=int, metavar="N", help="recognise N names a voice")
     args = parser.parse_args()

@@ -27,9 +27,7 @@ class AudioClips:
 
     def to(self, device) -> "AudioClips":
         """The same clips on another device."""
-        return AudioClips(
-            self.waveform.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True)
-        )
+        return AudioClips(self.waveform.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True))
 
 
 @dataclass

@@ -147,9 +147,7 @@ class TriModalDataset(Dataset[Sample]):
         DataError: no concept has a row in every table.
     """
 
-    def __init__(
-        self, rows: dict[str, Rows], decoding: Decoding, keyword_share: float = 0.0, seed: int = 0
-    ):
+    def __init__(self, rows: dict[str, Rows], decoding: Decoding, keyword_share: float = 0.0, seed: int = 0):
         self.seed = seed
         self.readers = {name: MediaReader(part, name, decoding) for name, part in rows.items()}
         self.captions = {name: Captions(part, keyword_share) for name, part in rows.items()}
@@ -203,9 +201,7 @@ class ImageTextDataset(TriModalDataset):
         seed: of all choices.
     """
 
-    def __init__(
-        self, rows: dict[str, Rows], decoding: Decoding, keyword_share: float = 0.0, seed: int = 0
-    ):
+    def __init__(self, rows: dict[str, Rows], decoding: Decoding, keyword_share: float = 0.0, seed: int = 0):
         super().__init__(_only(rows, "image"), decoding, keyword_share, seed)
 
 
@@ -219,9 +215,7 @@ class AudioTextDataset(TriModalDataset):
         seed: of all choices.
     """
 
-    def __init__(
-        self, rows: dict[str, Rows], decoding: Decoding, keyword_share: float = 0.0, seed: int = 0
-    ):
+    def __init__(self, rows: dict[str, Rows], decoding: Decoding, keyword_share: float = 0.0, seed: int = 0):
         super().__init__(_only(rows, "audio"), decoding, keyword_share, seed)
 
 
@@ -267,9 +261,7 @@ class InstructionDataset(Dataset[InstructionSample]):
         self.outputs = rows.column("output")
         self.inputs = rows.column("input") if "input" in rows.columns else [""] * len(rows)
         self.readers = {name: MediaReader(rows, name, decoding) for name in ("image", "audio") if name in rows.columns}
-        self.has_media = {
-            name: [bool(value) for value in rows.column(name)] for name in self.readers
-        }
+        self.has_media = {name: [bool(value) for value in rows.column(name)] for name in self.readers}
 
     def __len__(self) -> int:
         return len(self.sample_ids)

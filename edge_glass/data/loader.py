@@ -33,9 +33,7 @@ class EpochBatches(Sampler[list[Index]]):
         DataError: the set is smaller than one global batch.
     """
 
-    def __init__(
-        self, count: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1, first: int = 0
-    ):
+    def __init__(self, count: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1, first: int = 0):
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.world_size, self.first = rank, world_size, first
         if self.batches_per_epoch == 0:

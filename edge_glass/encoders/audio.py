@@ -54,9 +54,7 @@ class AudioEncoder(Encoder):
         self.window_seconds = frames * self.hop / SAMPLING_RATE
 
     @classmethod
-    def from_config(
-        cls, hop_ms: int = 10, augment: SpectrogramAugment | None = None, **options
-    ) -> "AudioEncoder":
+    def from_config(cls, hop_ms: int = 10, augment: SpectrogramAugment | None = None, **options) -> "AudioEncoder":
         """A backbone with random weights, to be trained.
 
         Args:
@@ -87,9 +85,7 @@ class AudioEncoder(Encoder):
         def load(source: str) -> AudioEncoder:
             config = AutoConfig.from_pretrained(source)
             if config.model_type != "whisper":
-                raise ValueError(
-                    f"{name!r} holds a {config.model_type!r} model; the audio tower reads 'whisper'"
-                )
+                raise ValueError(f"{name!r} holds a {config.model_type!r} model; the audio tower reads 'whisper'")
             encoder_only = {r"^(model\.)?encoder\.": ""}  # with and without the language modelling head
             backbone = load_model(WhisperEncoder, source, config=config, key_mapping=encoder_only)
             return cls(backbone, frozen)

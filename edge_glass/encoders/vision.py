@@ -27,9 +27,7 @@ class VisionEncoder(Encoder):
 
     backbone: PreTrainedModel
 
-    def __init__(
-        self, backbone: PreTrainedModel, image_size: int, mean: list[float], std: list[float], frozen: bool
-    ):
+    def __init__(self, backbone: PreTrainedModel, image_size: int, mean: list[float], std: list[float], frozen: bool):
         backbone.eval()
         tokens = _read(backbone, torch.zeros(1, 3, image_size, image_size))
         super().__init__(backbone, dim=tokens.shape[2], frozen=frozen)
@@ -91,9 +89,7 @@ class VisionEncoder(Encoder):
         """Args: inputs: `[batch, 3, image_size, image_size]`, normalised with `mean` and `std`."""
         size = [self.image_size, self.image_size]
         if list(inputs.shape[2:]) != size:
-            raise ValueError(
-                f"the vision tower reads images of {size} pixels; these are {list(inputs.shape[2:])}"
-            )
+            raise ValueError(f"the vision tower reads images of {size} pixels; these are {list(inputs.shape[2:])}")
         tokens = _read(self.backbone, inputs)
         return Tokens(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
 

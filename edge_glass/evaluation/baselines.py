@@ -1,6 +1,5 @@
 """What a reader compares the model with: chance, and nearest neighbours on raw pixels and raw spectra."""
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from edge_glass.encoders.audio import HOP_SAMPLES, SAMPLING_RATE, LogMel
 from edge_glass.evaluation.names import RECALL_AT
 from edge_glass.evaluation.retrieval import retrieval_metrics
 from edge_glass.models.pooling import segment_shares
+
 WINDOW, HOP = 400, 160  # 25 ms and 10 ms
 
 

@@ -181,11 +181,7 @@ def evaluate_view(
     Raises:
         ViewError: a source asks but has no gallery, or the view allows no direction at all.
     """
-    asking = {
-        name: _rows(queries[name], embedded[name])
-        for name in MODALITIES
-        if name in queries and name in embedded
-    }
+    asking = {name: _rows(queries[name], embedded[name]) for name in MODALITIES if name in queries and name in embedded}
     ranked = {name: _rows(rows, embedded[name]) for name, rows in galleries.items() if name in embedded}
     result = ViewResult()
     for query, answer in DIRECTIONS:
@@ -221,9 +217,7 @@ def _evaluate_direction(
     for answer_source, own in sources.items():
         gallery_rows = _by_source(answers, ranked[answer], answer).get(answer_source)
         if gallery_rows is None:
-            raise ViewError(
-                f"view {view!r}: {answer} {answer_source!r} is among the queries and has no gallery row"
-            )
+            raise ViewError(f"view {view!r}: {answer} {answer_source!r} is among the queries and has no gallery row")
         gallery = answers.take(gallery_rows)
         if query in asking:
             asking_parts = _by_source(asked, asking[query], query)

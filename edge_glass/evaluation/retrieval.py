@@ -116,9 +116,7 @@ def _rank(scores: Tensor, right: Tensor, at_most: int | None = None) -> tuple[Te
     return ranks[:, 0], precision
 
 
-def _check(
-    query: Tensor, gallery: Tensor, query_ids: Tensor, gallery_ids: Tensor, widths: Sequence[int]
-) -> None:
+def _check(query: Tensor, gallery: Tensor, query_ids: Tensor, gallery_ids: Tensor, widths: Sequence[int]) -> None:
     if query.ndim != 2 or gallery.ndim != 2 or query.shape[1] != gallery.shape[1]:
         raise ValueError(
             f"query and gallery must be [queries, dim] and [items, dim]; got {list(query.shape)} and "

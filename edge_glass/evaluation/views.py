@@ -87,9 +87,7 @@ class Views:
             result.sizes |= part.sizes
         return result
 
-    def rows_of(
-        self, view: str, embedded: Mapping[str, Embedded]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def rows_of(self, view: str, embedded: Mapping[str, Embedded]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The embedded rows that ask and those that are ranked, by modality."""
         parts = self.views[view]
         queries = {
@@ -108,9 +106,7 @@ class Views:
 
     def _text_gallery(self, gallery: Mapping[str, Conditions], embedded: Mapping[str, Embedded]) -> Tensor:
         if "text" in gallery:
-            concepts = [
-                ids for rows in self.tables.values() for ids in _concepts_where(rows, gallery["text"])
-            ]
+            concepts = [ids for rows in self.tables.values() for ids in _concepts_where(rows, gallery["text"])]
         else:
             concepts = [
                 concept
@@ -138,9 +134,7 @@ class Views:
 def _captions(tables: Mapping[str, Rows]) -> Rows:
     """One row for each distinct caption of each concept."""
     pairs = dict.fromkeys(
-        pair
-        for rows in tables.values()
-        for pair in zip(rows.column("concept_id"), rows.column("text"), strict=True)
+        pair for rows in tables.values() for pair in zip(rows.column("concept_id"), rows.column("text"), strict=True)
     )
     table = pa.table(
         {

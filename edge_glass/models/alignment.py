@@ -35,9 +35,7 @@ class Tower(nn.Module):
     ):
         super().__init__()
         if resampler is not None and resampler.dim != encoder.dim:
-            raise ValueError(
-                f"the resampler reads tokens of width {resampler.dim}; the encoder gives {encoder.dim}"
-            )
+            raise ValueError(f"the resampler reads tokens of width {resampler.dim}; the encoder gives {encoder.dim}")
         if projection.in_dim != pool.segments * encoder.dim:
             raise ValueError(
                 f"the projection reads {projection.in_dim} features; pooling gives "
@@ -77,9 +75,7 @@ class MultimodalAlignmentModel(nn.Module):
             raise ValueError(f"towers for {list(towers)}: give one or more of {list(MODALITIES)}")
         widths = {name: tower.out_dim for name, tower in towers.items()}
         if len(set(widths.values())) > 1:
-            raise ValueError(
-                f"the towers' embeddings differ in width: {widths}; give all projections one out_dim"
-            )
+            raise ValueError(f"the towers' embeddings differ in width: {widths}; give all projections one out_dim")
         self.towers = nn.ModuleDict(towers)
         self.out_dim = next(iter(widths.values()))
 
@@ -101,9 +97,7 @@ class MultimodalAlignmentModel(nn.Module):
         """
         shared = [name for name in batch.modalities() if name in self.towers]
         if not shared:
-            raise ValueError(
-                f"the batch holds {batch.modalities()}, the model has towers for {list(self.towers)}"
-            )
+            raise ValueError(f"the batch holds {batch.modalities()}, the model has towers for {list(self.towers)}")
         return {name: self.encode(name, batch.inputs(name)) for name in shared}
 
 
@@ -132,8 +126,7 @@ def format_parameter_table(rows: list[ParameterRow]) -> str:
     lines += [(row["part"], f"{row['total']:,}", f"{row['trainable']:,}") for row in rows]
     widths = [max(len(line[column]) for line in lines) for column in range(3)]
     return "\n".join(
-        f"{part:<{widths[0]}}  {total:>{widths[1]}}  {trainable:>{widths[2]}}"
-        for part, total, trainable in lines
+        f"{part:<{widths[0]}}  {total:>{widths[1]}}  {trainable:>{widths[2]}}" for part, total, trainable in lines
     )
 
 

@@ -181,10 +181,7 @@ class AlignmentLoss(nn.Module):
         chunks = list(zip(*(part.split(self.chunk) for part in rows), strict=True))
         if len(chunks) == 1:
             return [block(*rows, *columns)]
-        return [
-            checkpoint(block, *chunk, *columns, use_reentrant=False, preserve_rng_state=False)
-            for chunk in chunks
-        ]
+        return [checkpoint(block, *chunk, *columns, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
 
     def _check(self, a: Tensor, b: Tensor, ids_a: Tensor, ids_b: Tensor) -> None:
         for name, embedding, ids in (("a", a, ids_a), ("b", b, ids_b)):
@@ -195,8 +192,7 @@ class AlignmentLoss(nn.Module):
                 )
             if ids.shape != embedding.shape[:1]:
                 raise ValueError(
-                    f"ids_{name} has shape {list(ids.shape)}, {name} {list(embedding.shape)}: "
-                    "give one concept id a row"
+                    f"ids_{name} has shape {list(ids.shape)}, {name} {list(embedding.shape)}: give one concept id a row"
                 )
 
 

@@ -120,9 +120,7 @@ def recall_by_width(
     curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for name, value in found:
         curves.setdefault((name.query, name.answer), []).append((name.width or full, value))
-    curves = {
-        direction: sorted(curves[direction]) for direction in DIRECTIONS if len(curves.get(direction, [])) > 1
-    }
+    curves = {direction: sorted(curves[direction]) for direction in DIRECTIONS if len(curves.get(direction, [])) > 1}
     if not curves:
         return False
     with _styled():
@@ -134,9 +132,7 @@ def recall_by_width(
         widths = sorted({width for points in curves.values() for width, _ in points})
         axes.set_xticks(widths, [str(width) if width < full or full_width else "full" for width in widths])
         axes.minorticks_off()
-        axes.set(
-            title=f"Recall@1 by embedding width ({view})", xlabel="leading dimensions used", ylabel="R@1"
-        )
+        axes.set(title=f"Recall@1 by embedding width ({view})", xlabel="leading dimensions used", ylabel="R@1")
         axes.set_ylim(0, 1)
         axes.legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
         _save(figure, path)
@@ -175,9 +171,7 @@ def retrieval_gallery(sections: Mapping[str, Sequence[Found]], path: str | Path,
             y -= head
             for found in rows:
                 marks: list[bool | None] = [None, *found.right]
-                for column, (item, right) in enumerate(
-                    zip([found.query, *found.answers], marks, strict=True)
-                ):
+                for column, (item, right) in enumerate(zip([found.query, *found.answers], marks, strict=True)):
                     x = margin + column * (card + gap) + (2 * gap if column else 0)
                     box = (x / width, (y - card) / height, card / width, card / height)
                     _draw_card(figure.add_axes(box), item, right)
@@ -203,21 +197,15 @@ def _draw_card(axes: "Axes", card: Card, right: bool | None) -> None:
     else:
         axes.set_facecolor("#F6F6F4")
     axes.set(xlim=(0, 1), ylim=(0, 1))
-    lines = textwrap.wrap(
-        card.name, 13 if only_word else 17, max_lines=5 if only_word else 2, placeholder=" …"
-    )
+    lines = textwrap.wrap(card.name, 13 if only_word else 17, max_lines=5 if only_word else 2, placeholder=" …")
     text = "\n".join(lines) if card.waveform is None else "“" + "\n".join(lines) + "”"
     if only_word:
         axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=9.5)
     else:
-        axes.text(
-            0.5, -0.06, text, ha="center", va="top", fontsize=7.5, color=MUTED if right is False else INK
-        )
+        axes.text(0.5, -0.06, text, ha="center", va="top", fontsize=7.5, color=MUTED if right is False else INK)
     if right:
         badge = {"boxstyle": "circle,pad=0.2", "color": GREEN}
-        axes.text(
-            0.98, 0.98, "✓", ha="center", va="center", fontsize=9, weight="bold", color="white", bbox=badge
-        )
+        axes.text(0.98, 0.98, "✓", ha="center", va="center", fontsize=9, weight="bold", color="white", bbox=badge)
 
 
 def _mel_picture(waveform: np.ndarray) -> np.ndarray:
@@ -244,9 +232,7 @@ def _validation_curves(
                 curves = found.setdefault(name.view, {})
                 curves.setdefault((name.query, name.answer), []).append((row["step"], value))
     view = "val" if "val" in found else next(iter(found), "")
-    return view, {
-        direction: found[view][direction] for direction in DIRECTIONS if direction in found.get(view, {})
-    }
+    return view, {direction: found[view][direction] for direction in DIRECTIONS if direction in found.get(view, {})}
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

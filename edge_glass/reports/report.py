@@ -81,9 +81,7 @@ class Results:
 
     def table(self, view: str) -> tuple[list[str], list[list[str]]]:
         """Header and rows of a view: a row a direction; then R@1 of half the embedding, chance, baselines."""
-        metrics = [
-            metric for metric in METRICS if any(n.view == view and n.metric == metric for n in self.metrics)
-        ]
+        metrics = [metric for metric in METRICS if any(n.view == view and n.metric == metric for n in self.metrics)]
         widest = self.widths(view)[-1:]
         compared = dict.fromkeys(
             name.of for name in self.baselines if name.view == view and name.metric == "R@1" and name.of
@@ -96,9 +94,7 @@ class Results:
             row = [f"{query} → {answer}"]
             row += [_cell(self.metrics, MetricName(view, query, answer, metric)) for metric in metrics]
             row += [_cell(self.metrics, MetricName(view, query, answer, "R@1", width)) for width in widest]
-            row += [
-                _cell(self.baselines, MetricName(view, query, answer, "R@1", of=name)) for name in compared
-            ]
+            row += [_cell(self.baselines, MetricName(view, query, answer, "R@1", of=name)) for name in compared]
             rows.append(row)
         return header, rows
 
@@ -115,10 +111,7 @@ class Results:
         for query, answer in self.directions(view) if widths else []:
             full = self.metrics[MetricName(view, query, answer, "R@1")]
             widest = self.metrics.get(MetricName(view, query, answer, "R@1", widths[-1]))
-            row = [
-                _cell(self.metrics, MetricName(view, query, answer, "R@1", width))
-                for width in [*widths, None]
-            ]
+            row = [_cell(self.metrics, MetricName(view, query, answer, "R@1", width)) for width in [*widths, None]]
             kept = f"{widest / full:.1%}" if widest is not None and full else ""
             rows.append([f"{query} → {answer}", *row, kept])
         return [
@@ -131,9 +124,7 @@ class Results:
     def voice_table(self, view: str) -> tuple[list[str], list[list[str]]]:
         """R@1 of each voice on its own, where there are several."""
         spoken = [(query, answer) for query, answer in self.directions(view) if "audio" in (query, answer)]
-        voices = dict.fromkeys(
-            n.of for n in self.metrics if n.view == view and n.of and (n.query, n.answer) in spoken
-        )
+        voices = dict.fromkeys(n.of for n in self.metrics if n.view == view and n.of and (n.query, n.answer) in spoken)
         rows = [
             [
                 f"{q} → {a}",
@@ -146,9 +137,7 @@ class Results:
     def unanswerable(self, view: str) -> str:
         """A sentence on the queries that were left out, if any."""
         lost = {d: self._size(view, d, "unanswerable") for d in self.directions(view)}
-        counts = ", ".join(
-            f"{query} → {answer} {count:,}" for (query, answer), count in lost.items() if count
-        )
+        counts = ", ".join(f"{query} → {answer} {count:,}" for (query, answer), count in lost.items() if count)
         return f"Left out, as no gallery item shares the query's concept: {counts}." if counts else ""
 
     def _size(self, view: str, direction: tuple[str, str], what: str) -> int:
@@ -233,9 +222,7 @@ def _rich_table(blocks: Mapping[str, tuple[list[str], list[list[str]]]], hidden:
     from rich import box
     from rich.table import Table
 
-    columns = dict.fromkeys(
-        name for header, _ in blocks.values() for name in header[1:] if name not in hidden
-    )
+    columns = dict.fromkeys(name for header, _ in blocks.values() for name in header[1:] if name not in hidden)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(DIRECTION)
     for name in columns:
@@ -279,9 +266,7 @@ def _facts(summary: Mapping[str, Any]) -> str:
     text = ", ".join(clauses) + "." if clauses else ""
     best = summary.get("best")
     if best:
-        text += (
-            f" Best `{best['metric']}`: {_number(best['metric'], best['value'])} at step {best['step']:,}."
-        )
+        text += f" Best `{best['metric']}`: {_number(best['metric'], best['value'])} at step {best['step']:,}."
     return text.strip()
 
 

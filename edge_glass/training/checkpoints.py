@@ -100,9 +100,7 @@ class Checkpoints:
 
 def trained_state(task: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers of the task, without those of frozen encoders."""
-    frozen = tuple(
-        f"{name}." for name, module in task.named_modules() if isinstance(module, Encoder) and module.frozen
-    )
+    frozen = tuple(f"{name}." for name, module in task.named_modules() if isinstance(module, Encoder) and module.frozen)
     state = task.state_dict()
     return {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(frozen or ("\0",))}
 

@@ -313,9 +313,7 @@ class Trainer:
         better = best is None or best["metric"] != monitor or figures[monitor] > best["value"]
         if better:
             self.checkpoints.mark_best(self.progress.step, monitor, figures[monitor])
-        bar.write(
-            f"step {self.progress.step}: {monitor} {figures[monitor]:.3f}" + (" (best so far)" if better else "")
-        )
+        bar.write(f"step {self.progress.step}: {monitor} {figures[monitor]:.3f}" + (" (best so far)" if better else ""))
 
     def _out_of_time(self, seconds: float) -> bool:
         if self.limits.max_seconds is None:

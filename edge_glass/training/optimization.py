@@ -4,7 +4,7 @@ from torch import nn
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Trained parameters in two groups: matrices, which decay, and the rest (biases, norms, temperatures), which do not.
+    """Trained parameters in two groups: matrices, which decay, and the rest (biases, norms, temperatures).
 
     Args:
         module: the task.

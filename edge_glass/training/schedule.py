@@ -6,9 +6,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def warmup_cosine(
-    optimizer: Optimizer, max_steps: int, warmup: float = 0.05, floor: float = 0.01
-) -> LambdaLR:
+def warmup_cosine(optimizer: Optimizer, max_steps: int, warmup: float = 0.05, floor: float = 0.01) -> LambdaLR:
     """Linear warm-up, then half a cosine down to a floor (Loshchilov & Hutter 2017).
 
     Args:

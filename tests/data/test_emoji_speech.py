@@ -33,16 +33,12 @@ def manifest() -> dict:
 
 @pytest.fixture(scope="module")
 def images() -> list[dict]:
-    return rows(
-        "images.parquet", "sample_id", "concept_id", "group", "text", "emoji", "source", "split", "image"
-    )
+    return rows("images.parquet", "sample_id", "concept_id", "group", "text", "emoji", "source", "split", "image")
 
 
 @pytest.fixture(scope="module")
 def speech() -> list[dict]:
-    return rows(
-        "speech.parquet", "sample_id", "concept_id", "group", "text", "emoji", "source", "engine", "split"
-    )
+    return rows("speech.parquet", "sample_id", "concept_id", "group", "text", "emoji", "source", "engine", "split")
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +57,7 @@ def test_the_whole_folder_fits_the_budget():
 def test_the_manifest_describes_the_file_on_disk(manifest, name):
     data = (ROOT / name).read_bytes()
     counts: dict[str, dict[str, int]] = defaultdict(dict)
-    for (split, source), count in Counter(
-        (r["split"], r["source"]) for r in rows(name, "split", "source")
-    ).items():
+    for (split, source), count in Counter((r["split"], r["source"]) for r in rows(name, "split", "source")).items():
         counts[split][source] = count
     stated = manifest["files"][name]
     assert hashlib.sha256(data).hexdigest() == stated["sha256"]
@@ -102,9 +96,7 @@ def test_every_seen_concept_is_spoken_once_by_each_voice_and_unseen_ones_by_the_
 
 def test_drawings_are_split_by_vendor(images):
     for r in images:
-        allowed = (
-            {"test", "unseen"} if r["source"] == TEST_VENDOR else TRAINING_SPLITS | {"unseen_train_source"}
-        )
+        allowed = {"test", "unseen"} if r["source"] == TEST_VENDOR else TRAINING_SPLITS | {"unseen_train_source"}
         assert r["split"] in allowed, r["sample_id"]
 
 

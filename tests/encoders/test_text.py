@@ -69,9 +69,7 @@ def sentence_transformers_embeddings(folder: str, texts: list[str]) -> torch.Ten
 def count_computed(encoder: TextEncoder) -> list[int]:
     """A list that grows by the number of sentences of each pass through the backbone."""
     computed: list[int] = []
-    encoder.backbone.register_forward_hook(
-        lambda _, __, output: computed.append(len(output.last_hidden_state))
-    )
+    encoder.backbone.register_forward_hook(lambda _, __, output: computed.append(len(output.last_hidden_state)))
     return computed
 
 
@@ -146,10 +144,7 @@ def test_new_weights_end_what_was_remembered(folder):
     encoder = TextEncoder.from_pretrained(folder)
     before = encoder(["red heart"]).tokens
     model = torch.nn.Sequential(encoder)  # as a checkpoint loads it: from outside
-    state = {
-        name: value + 0.1 if value.is_floating_point() else value
-        for name, value in model.state_dict().items()
-    }
+    state = {name: value + 0.1 if value.is_floating_point() else value for name, value in model.state_dict().items()}
     model.load_state_dict(state)
     assert not torch.allclose(encoder(["red heart"]).tokens, before)
 

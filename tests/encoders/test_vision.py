@@ -85,9 +85,7 @@ def test_every_trainable_parameter_gets_a_gradient(model_type):
 
 
 def test_a_head_that_the_tokens_do_not_depend_on_is_not_trained():
-    untrained = {
-        name for name, value in small("clip_vision_model").named_parameters() if not value.requires_grad
-    }
+    untrained = {name for name, value in small("clip_vision_model").named_parameters() if not value.requires_grad}
     assert untrained == {"backbone.post_layernorm.weight", "backbone.post_layernorm.bias"}
 
 

@@ -14,9 +14,7 @@ from edge_glass.errors import UserError
 
 
 def small_resnet() -> ResNetModel:
-    return ResNetModel(
-        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-    )
+    return ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"))
 
 
 def load_resnet(source: str) -> ResNetModel:

@@ -149,9 +149,7 @@ def test_examples_show_the_nearest_and_which_are_right(embedded):
     found = examples(image, audio, rows(embedded, "image"), ranked, count=5, neighbours=3, seed=1)
     assert len(found) == len({example.query for example in found}) == 5
     for example in found:
-        scores = torch.nn.functional.cosine_similarity(
-            image.embeddings[example.query], audio.embeddings, dim=1
-        )
+        scores = torch.nn.functional.cosine_similarity(image.embeddings[example.query], audio.embeddings, dim=1)
         best = scores.masked_fill(~ranked, -2).argsort(descending=True)[:3].tolist()
         assert example.answers == best
         assert example.right == [audio.concept_ids[row] == image.concept_ids[example.query] for row in best]
@@ -184,9 +182,7 @@ def test_embedding_keeps_the_rows_in_order_and_the_task_as_it_was():
         Batch(["f"], torch.tensor([5]), text=["fox"]),
     ]
     seen = []
-    found = embed(
-        task, batches, groups={4: "x", 5: "y", 6: "x", 7: "z"}, sources={"a": "noto"}, progress=seen.append
-    )
+    found = embed(task, batches, groups={4: "x", 5: "y", 6: "x", 7: "z"}, sources={"a": "noto"}, progress=seen.append)
     assert list(found) == ["image", "text"]
     image = found["image"]
     assert image.sample_ids == ["a", "b", "c", "d", "e"]

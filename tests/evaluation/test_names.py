@@ -19,8 +19,6 @@ def test_a_metric_name_survives_writing_and_reading(text, name):
     assert str(name) == text
 
 
-@pytest.mark.parametrize(
-    "text", ["loss", "lr", "val/mean/R@1", "test/image_to_text/queries", "image_to_text/R@1"]
-)
+@pytest.mark.parametrize("text", ["loss", "lr", "val/mean/R@1", "test/image_to_text/queries", "image_to_text/R@1"])
 def test_other_figures_are_not_taken_for_retrieval_metrics(text):
     assert MetricName.parse(text) is None

@@ -10,10 +10,7 @@ def reference(query, gallery, query_ids, gallery_ids, width):
     """The metrics by the book: one query at a time, a full sort, plain Python."""
     ranks, precisions = [], []
     for vector, concept in zip(query[:, :width], query_ids, strict=True):
-        scores = [
-            float(vector @ item / (np.linalg.norm(vector) * np.linalg.norm(item)))
-            for item in gallery[:, :width]
-        ]
+        scores = [float(vector @ item / (np.linalg.norm(vector) * np.linalg.norm(item))) for item in gallery[:, :width]]
         order = sorted(range(len(gallery)), key=lambda i: -scores[i])
         places = [place for place, i in enumerate(order, start=1) if gallery_ids[i] == concept]
         ranks.append(places[0])
@@ -51,10 +48,7 @@ def test_average_precision_is_that_of_scikit_learn():
     query, gallery, query_ids, gallery_ids = problem(seed=1, most=8)
     scores = torch.nn.functional.normalize(query) @ torch.nn.functional.normalize(gallery).T
     expected = np.mean(
-        [
-            average_precision_score(gallery_ids == concept, row)
-            for concept, row in zip(query_ids, scores, strict=True)
-        ]
+        [average_precision_score(gallery_ids == concept, row) for concept, row in zip(query_ids, scores, strict=True)]
     )
     found = retrieval_metrics(query, gallery, query_ids, gallery_ids)
     assert found["mAP"] == pytest.approx(expected, abs=1e-6)
@@ -133,8 +127,6 @@ def test_what_cannot_be_ranked_is_refused_by_name():
 
 
 def test_the_nearest_come_best_first_and_no_more_than_there_are():
-    rows, scores = nearest(
-        torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 1.0]]), k=5
-    )
+    rows, scores = nearest(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 1.0]]), k=5)
     assert rows.tolist() == [[1, 2, 0]]
     assert scores[0].tolist() == pytest.approx([1, 0.5**0.5, 0], abs=1e-6)

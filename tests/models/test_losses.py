@@ -138,13 +138,9 @@ def test_logits_are_float32_inside_autocast(kind, dtype, chunk):
 
 def test_large_half_precision_embeddings_do_not_overflow():
     a, b, ids_a, ids_b = sample()
-    big = [
-        (1000 * x.detach()).half().requires_grad_() for x in (a, b)
-    ]  # squares beyond the largest half, 65504
+    big = [(1000 * x.detach()).half().requires_grad_() for x in (a, b)]  # squares beyond the largest half, 65504
     value = AlignmentLoss(WIDTHS)(*big, ids_a, ids_b)
-    assert torch.isfinite(value) and all(
-        torch.isfinite(gradient).all() for gradient in gradients(value, *big)
-    )
+    assert torch.isfinite(value) and all(torch.isfinite(gradient).all() for gradient in gradients(value, *big))
 
 
 def test_an_all_zero_row_gives_a_finite_loss_and_gradient():
@@ -153,9 +149,7 @@ def test_an_all_zero_row_gives_a_finite_loss_and_gradient():
         a[0] = 0
         b[1, :4] = 0
     value = AlignmentLoss(WIDTHS)(a, b, ids_a, ids_b)
-    assert torch.isfinite(value) and all(
-        torch.isfinite(gradient).all() for gradient in gradients(value, a, b)
-    )
+    assert torch.isfinite(value) and all(torch.isfinite(gradient).all() for gradient in gradients(value, a, b))
 
 
 def test_without_any_positive_infonce_is_zero_and_moves_nothing():
@@ -234,9 +228,7 @@ def test_a_batch_of_two_modalities_trains_their_pair_and_leaves_no_parameter_unu
     del embeddings["audio"]
     loss = TriModalAlignmentLoss(WIDTHS)
     total, figures = loss(embeddings, ids)
-    torch.testing.assert_close(
-        total, AlignmentLoss(WIDTHS)(embeddings["image"], embeddings["text"], ids, ids)
-    )
+    torch.testing.assert_close(total, AlignmentLoss(WIDTHS)(embeddings["image"], embeddings["text"], ids, ids))
     assert set(figures) == {"loss/image_text", "scale/image_text"}
     total.backward()
     assert loss.pairs["image_text"].log_scale.grad != 0

@@ -39,11 +39,7 @@ def summary():
         | {"val/mean/R@1": 0.6543},
         "baselines": {f"test/{q}_to_{a}/R@1/chance": 0.00063 for q, a in DIRECTIONS}
         | {"test/image_to_text/R@1/nearest_pixels": 0.345, "test/image_to_text/R@1/nearest_pixels/x": 0.111},
-        "sizes": {
-            f"test/{q}_to_{a}/{n}": s
-            for q, a in DIRECTIONS
-            for n, s in (("queries", 1486), ("gallery", 1586))
-        }
+        "sizes": {f"test/{q}_to_{a}/{n}": s for q, a in DIRECTIONS for n, s in (("queries", 1486), ("gallery", 1586))}
         | {"test/audio_to_text/unanswerable": 3},
         "embedding_width": 256,
         "best": {"step": 1400, "metric": "val/mean/R@1", "value": 0.6612},
@@ -113,8 +109,7 @@ def test_the_page_holds_the_numbers_of_the_summary(run_dir, summary):
 def test_the_page_shows_every_figure_of_the_folder(run_dir):
     page = write_report(run_dir).read_text()
     order = [
-        page.index(f"](figures/{name}.png)")
-        for name in ("retrieval_gallery", "recall_by_width", "training_curves")
+        page.index(f"](figures/{name}.png)") for name in ("retrieval_gallery", "recall_by_width", "training_curves")
     ]
     assert order == sorted(order)
     for name in ("recall_by_width", "training_curves"):

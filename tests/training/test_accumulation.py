@@ -207,9 +207,7 @@ def test_micro_batches_that_cannot_be_one_batch_are_refused():
         accumulate_exact(task, [])
     first, second = batch.split(2)
     second.audio = None
-    with pytest.raises(
-        ValueError, match=r"same modalities.*\['audio', 'image', 'text'\], \['image', 'text'\]"
-    ):
+    with pytest.raises(ValueError, match=r"same modalities.*\['audio', 'image', 'text'\], \['image', 'text'\]"):
         accumulate_exact(task, [first, second])
 
 
@@ -262,9 +260,7 @@ def test_two_ranks_with_micro_batches_give_the_gradient_of_one_process_with_ever
     for result in results:
         for parts in (1, 4):
             torch.testing.assert_close(result[f"loss {parts}"], expected)
-            torch.testing.assert_close(
-                result[f"gradients {parts}"], gradients(reference), rtol=1e-5, atol=1e-5
-            )
+            torch.testing.assert_close(result[f"gradients {parts}"], gradients(reference), rtol=1e-5, atol=1e-5)
     reference.zero_grad()
     batch.audio = None
     one_graph(reference, [batch])
