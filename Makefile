@@ -9,6 +9,8 @@ READY := .venv/ready
 demo: $(READY)
 	$(BIN)/python train.py
 
+# One thread: small tensors, and ranks and workers that share two cores.
+test check: export OMP_NUM_THREADS = 1
 test check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -229,10 +229,9 @@ def check(config: DictConfig) -> None:
     for name in present:
         if name != "text" and dataset[name] is None:
             raise ConfigError(
-                f"encoder has a tower for {name}, but dataset={dataset.name} has no {name} rows (dataset.{name} "
-                f"is null); "
-                + ("choose encoder=audio_text" if name == "image" else "choose encoder=vision_text")
-                + " or another dataset"
+                f"encoder has a tower for {name}, but dataset={dataset.name} has no {name} rows: give "
+                f"dataset.{name}=<path>, "
+                f"or choose another dataset or encoder={'audio' if name == 'image' else 'vision'}_text"
             )
     for key, value, least in (
         ("optimization.batch_size", optimization.batch_size, 2),

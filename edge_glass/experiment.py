@@ -22,7 +22,7 @@ from edge_glass.signatures import check_targets
 from edge_glass.tasks import AlignmentTask
 
 # For towers that the config does not have: nothing is decoded with these.
-NO_IMAGES = {"image_size": 1, "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+NO_IMAGES: dict[str, Any] = {"image_size": 1, "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
 
 
 @dataclass
@@ -32,7 +32,8 @@ class Experiment:
     Attributes:
         config: checked and resolved.
         tables: `image` and/or `audio` -> all rows of the data set.
-        task: model and loss, on its device.
+        model: the towers.
+        task: the same model and its loss, on its device.
         decoding: how media are decoded, as the towers need them.
         collate: how samples become batches; holds the towers' normalisation and the training augmentation.
         device: where the task is.
@@ -40,6 +41,7 @@ class Experiment:
 
     config: DictConfig
     tables: dict[str, Rows]
+    model: MultimodalAlignmentModel
     task: AlignmentTask
     decoding: Decoding
     collate: Collate
@@ -47,16 +49,14 @@ class Experiment:
 
     def views(self, names: list[str]) -> Views:
         """The evaluation of the named views, for the modalities that have towers."""
-        plain = OmegaConf.to_container(self.config.dataset.views)
-        assert isinstance(plain, dict)
-        chosen = {name: _present(plain[name], self.tables) for name in names}
-        widths, towers = list(self.config.encoder.widths), list(self.task.model.towers)
+        views = plain(self.config.dataset.views)
+        chosen = {name: _present(views[name], self.tables) for name in names}
+        widths, towers = list(self.config.encoder.widths), list(self.model.towers)
         return Views(self.tables, chosen, self.decoding, self.collate, widths, towers)
 
     def training_rows(self) -> dict[str, Rows]:
         """The rows of the training split."""
-        conditions = OmegaConf.to_container(self.config.dataset.where)
-        assert isinstance(conditions, dict)
+        conditions = plain(self.config.dataset.where)
         return {name: rows.where(conditions) for name, rows in self.tables.items()}
 
     def training_batches(self) -> "TrainingBatches":
@@ -111,32 +111,26 @@ def build_experiment(config: DictConfig) -> Experiment:
     check_monitor(config)
     dataset = config.dataset
     paths = {name: dataset[name] if name in modalities(config) else None for name in ("image", "audio")}
-    shares = OmegaConf.to_container(dataset.shares)
-    assert isinstance(shares, dict)
-    tables = read_tables(paths["image"], paths["audio"], dataset.pair_by.value, shares)
-    check_targets(OmegaConf.to_container(config), foreign=True)
+    tables = read_tables(paths["image"], paths["audio"], dataset.pair_by.value, plain(dataset.shares))
+    check_targets(plain(config), foreign=True)
     torch.manual_seed(config.seed)
     try:
-        task = build_task(config).to(device)
+        model = MultimodalAlignmentModel({name: build(config.encoder[name]) for name in modalities(config)})
+        task = AlignmentTask(model, build(config.objective)).to(device)
     except hydra.errors.InstantiationException as error:
         # Hydra wraps what a constructor raises; the person wants the constructor's own words.
         raise ConfigError(f"{error.__cause__ or error}") from error
-    encoders = {name: tower.encoder for name, tower in task.model.towers.items()}
-    images, clips = encoders.get("image"), encoders.get("audio")
-    normal = vars(images) if images is not None else NO_IMAGES
-    decoding = Decoding(
-        normal["image_size"],
-        clips.window_seconds if clips is not None else 0.0,
-        dataset.keep_decoded_mb,
-    )
-    collate = Collate(normal["mean"], normal["std"], build(dataset.image_augment))
-    return Experiment(config, tables, task, decoding, collate, device)
+    encoders: dict[str, Any] = {name: tower.get_submodule("encoder") for name, tower in model.towers.items()}
+    images = vars(encoders["image"]) if "image" in encoders else NO_IMAGES
+    seconds = encoders["audio"].window_seconds if "audio" in encoders else 0.0
+    decoding = Decoding(images["image_size"], seconds, dataset.keep_decoded_mb)
+    collate = Collate(images["mean"], images["std"], build(dataset.image_augment))
+    return Experiment(config, tables, model, task, decoding, collate, device)
 
 
-def build_task(config: DictConfig) -> AlignmentTask:
-    """Model and loss."""
-    towers = {name: build(config.encoder[name]) for name in modalities(config)}
-    return AlignmentTask(MultimodalAlignmentModel(towers), build(config.objective))
+def plain(node: DictConfig) -> Any:
+    """A config node as plain containers."""
+    return OmegaConf.to_container(node, enum_to_str=True)
 
 
 def check_monitor(config: DictConfig) -> None:

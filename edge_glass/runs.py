@@ -48,7 +48,7 @@ def resumed(folder: str, overrides: list[str]) -> tuple[DictConfig, Path]:
                 "logger.tensorboard=true, not groups"
             )
         try:
-            OmegaConf.update(config, key, OmegaConf.create(f"value: {value}")["value"])
+            OmegaConf.update(config, key, OmegaConf.select(OmegaConf.from_dotlist([f"{key}={value}"]), key))
         except OmegaConfBaseException as error:
             raise ConfigError(f"{override}: {str(error).splitlines()[0]}") from error
     return config, run_dir

@@ -88,6 +88,7 @@ UNSEEN_CONCEPTS = 100
 UNSEEN_MAX_GROUP = 4  # larger families (clock faces, gendered jobs) would fill the held-out set with one topic
 VAL_CONCEPTS = 200
 NAME_COSINE = 0.85  # names closer than this under MiniLM count as near-duplicates
+TWIN_COSINE = 0.78  # seen names closer than this to an unseen one are left out of training
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ class Concept:
     icon: dict[str, str] = field(default_factory=dict)
     group: int = -1
     unseen: bool = False
+    twin: bool = False
 
     def columns(self) -> dict[str, Any]:
         """The columns that images and speech have in common."""
@@ -333,6 +335,12 @@ def name_vectors(texts: list[str]) -> np.ndarray:
     return np.concatenate(vectors)
 
 
+def name_cosines(concepts: list[Concept]) -> np.ndarray:
+    """How alike any two names are, [concepts, concepts]."""
+    vectors = name_vectors([c.text for c in concepts])
+    return vectors @ vectors.T
+
+
 def assign_groups(concepts: list[Concept]) -> None:
     """Number the connected components of "same key" and "names nearly the same" (writes `group`)."""
     parent = list(range(len(concepts)))
@@ -345,8 +353,8 @@ def assign_groups(concepts: list[Concept]) -> None:
     first_with_key: dict[str, int] = {}
     for i, concept in enumerate(concepts):
         parent[root(i)] = root(first_with_key.setdefault(name_key(concept.text), i))
-    vectors = name_vectors([c.text for c in concepts])
-    for i, j in np.argwhere(np.triu(vectors @ vectors.T, k=1) > NAME_COSINE):
+    cosines = name_cosines(concepts)
+    for i, j in np.argwhere(np.triu(cosines, k=1) > NAME_COSINE):
         parent[root(int(j))] = root(int(i))
     numbers: dict[int, int] = {}
     for i, concept in enumerate(concepts):
@@ -372,6 +380,14 @@ def hold_out_concepts(concepts: list[Concept], seed: int) -> None:
         held += len(members)
 
 
+def leave_out_twins(concepts: list[Concept]) -> None:
+    """Mark seen concepts that are too close to an unseen one to be trained on ("snowman without snow")."""
+    unseen = np.array([c.unseen for c in concepts])
+    closest = name_cosines(concepts)[:, unseen].max(axis=1)
+    for concept, cosine in zip(concepts, closest, strict=True):
+        concept.twin = not concept.unseen and bool(cosine > TWIN_COSINE)
+
+
 @dataclass(frozen=True)
 class Validation:
     """Which drawing and which recording of a concept serve for tuning."""
@@ -385,7 +401,7 @@ def choose_validation(concepts: list[Concept], seed: int) -> Validation:
 
     Every such concept keeps its other drawing and its other recordings for training.
     """
-    seen = [c.concept_id for c in concepts if not c.unseen]
+    seen = [c.concept_id for c in concepts if not (c.unseen or c.twin)]
     chosen = random.Random(seed + 1).sample(seen, VAL_CONCEPTS)
     return Validation(
         vendor={concept: TRAIN_VENDORS[i % len(TRAIN_VENDORS)] for i, concept in enumerate(chosen)},
@@ -395,6 +411,8 @@ def choose_validation(concepts: list[Concept], seed: int) -> Validation:
 
 def image_split(concept: Concept, vendor: str, val: Validation) -> str:
     """Split of one drawing."""
+    if concept.twin:
+        return "left_out"
     if vendor not in TRAIN_VENDORS:
         return "unseen" if concept.unseen else "test"
     if concept.unseen:
@@ -404,6 +422,8 @@ def image_split(concept: Concept, vendor: str, val: Validation) -> str:
 
 def speech_split(concept: Concept, voice: Voice, val: Validation) -> str:
     """Split of one recording."""
+    if concept.twin:
+        return "left_out"
     if voice.role != "train":
         unseen = "unseen" if voice.role == "test" else "unseen_engine"
         return unseen if concept.unseen else voice.role
@@ -917,6 +937,7 @@ def build(concepts: list[Concept], folders: dict[str, Path], work: Path, seed: i
     """Assign groups and splits, draw, speak, and write every generated file."""
     assign_groups(concepts)
     hold_out_concepts(concepts, seed)
+    leave_out_twins(concepts)
     val = choose_validation(concepts, seed)
     images = pa.Table.from_pylist(list(image_rows(concepts, folders, val)), schema=IMAGE_FEATURES.arrow_schema)
     for voice in VOICES:

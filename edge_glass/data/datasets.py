@@ -186,8 +186,9 @@ class TriModalDataset(Dataset[Sample]):
             sample_id="+".join(self.readers[name].sample_ids[row] for name, row in chosen.items()),
             concept_id=concept,
             generator=generator,
+            image=media.get("image"),
+            audio=media.get("audio"),
             text=self.captions[first].draw(chosen[first], generator),
-            **media,
         )
 
 
@@ -273,12 +274,14 @@ class InstructionDataset(Dataset[InstructionSample]):
         answer = self.outputs[row]
         if not answer or not answer.strip():
             raise _BrokenRow(self.sample_ids[row], "output: empty, so there is nothing to learn from")
+        media = {name: _read(reader, row) for name, reader in self.readers.items() if self.has_media[name][row]}
         return InstructionSample(
             sample_id=self.sample_ids[row],
             instruction=self.instructions[row] or "",
             input=self.inputs[row] or "",
             output=answer,
-            **{name: _read(reader, row) for name, reader in self.readers.items() if self.has_media[name][row]},
+            image=media.get("image"),
+            audio=media.get("audio"),
         )
 
 

@@ -1,5 +1,6 @@
 """Samples to batches: which rows, in which order, put together how."""
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -105,6 +106,8 @@ def training_loader(
     dataset, collate: Collate, batches: EpochBatches, workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
     """Training batches without end, in the order of `batches`."""
+    if workers:  # the text tower's tokenizer has threads of its own, which do not survive a fork
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return DataLoader(
         dataset,
         batch_sampler=batches,

@@ -66,7 +66,7 @@ class Views:
 
     def embed(self, task: Encodes, device: torch.device | str) -> dict[str, Embedded]:
         """Embeddings of every row that any view needs, of the modalities that the task encodes."""
-        found = {}
+        found: dict[str, Embedded] = {}
         for batches in self.batches.values():
             found |= embed(task, batches, device, self.groups, self.sources)
             self.skipped |= {row.sample_id: row for row in batches.skipped}

@@ -254,7 +254,7 @@ def _line(query: str, answer: str) -> dict[str, Any]:
 def _styled():
     import matplotlib
 
-    return matplotlib.rc_context(STYLE)
+    return matplotlib.rc_context(STYLE)  # type: ignore[arg-type]
 
 
 def _figure(size: tuple[float, float], columns: int = 1) -> tuple["Figure", Sequence["Axes"]]:

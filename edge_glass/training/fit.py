@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from edge_glass.config import save_config, to_experiment
 from edge_glass.data.rows import data_hash
 from edge_glass.distributed import barrier, current_ranks
-from edge_glass.experiment import Experiment, build, build_experiment, choose_precision, set_threads
+from edge_glass.experiment import Experiment, build, build_experiment, choose_precision, plain, set_threads
 from edge_glass.models.alignment import format_parameter_table, parameter_table
 from edge_glass.results import evaluate_run, validation_figures
 from edge_glass.runs import CONFIG, SUMMARY, keep_metrics_until, write_json
@@ -106,8 +106,7 @@ class Run:
     def _trainer(self) -> Trainer:
         config, task = self.config, self.experiment.task
         batches = self.experiment.training_batches()
-        options = OmegaConf.to_container(config.optimization.optimizer)
-        assert isinstance(options, dict)
+        options = plain(config.optimization.optimizer)
         groups = parameter_groups(task, options.get("weight_decay", 0.0))
         optimizer = build(config.optimization.optimizer, params=groups)
         # Ranks began with equal weights; what they draw from here on (dropout, augmentation) is their own.
@@ -142,11 +141,10 @@ class Run:
     def _open_folder(self) -> list[Sink]:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         save_config(self.config, self.run_dir / CONFIG)
-        rows = parameter_table(self.experiment.task.model)
+        rows = parameter_table(self.experiment.model)
         print(f"run folder: {self.run_dir}\n\n{format_parameter_table(rows)}\n", flush=True)
-        plain = OmegaConf.to_container(self.config, enum_to_str=True)
-        assert isinstance(plain, dict)
-        return open_sinks(self.run_dir, plain["logger"], plain)
+        values = plain(self.config)
+        return open_sinks(self.run_dir, values["logger"], values)
 
     def _resume(self, trainer: Trainer) -> None:
         folder = self.checkpoints.find("last")
@@ -174,7 +172,7 @@ class Run:
             "embedding_width": self.config.encoder.dim,
             "best": self.checkpoints.best(),
             "checkpoint": self.config.training.test_checkpoint,
-            "parameters": parameter_table(self.experiment.task.model),
+            "parameters": parameter_table(self.experiment.model),
             "versions": versions(),
             "commit": commit(),
             "data_hash": data_hash(self.experiment.tables.values()),

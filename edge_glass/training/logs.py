@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from edge_glass.runs import append_metrics
 
@@ -49,7 +49,15 @@ class TensorBoard:
 class Wandb:
     """wandb, online or offline; a server that fails warns and never stops the run."""
 
-    def __init__(self, run_dir: Path, mode: str, project: str, entity: str | None, tags: list[str], config: Any):
+    def __init__(
+        self,
+        run_dir: Path,
+        mode: Literal["online", "offline"],
+        project: str,
+        entity: str | None,
+        tags: list[str],
+        config: Any,
+    ):
         import wandb
 
         self.run = wandb.init(

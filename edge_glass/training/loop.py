@@ -333,7 +333,8 @@ def describe_skipped(rows: list[SkippedRow], most: int = 20) -> str:
 
 
 def _random_state() -> dict[str, Any]:
-    version, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
+    drawn: Any = np.random.get_state()
+    version, keys, place, has_gauss, gauss = drawn
     kind, internal, next_gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),

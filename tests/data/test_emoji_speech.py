@@ -97,6 +97,7 @@ def test_every_seen_concept_is_spoken_once_by_each_voice_and_unseen_ones_by_the_
 def test_drawings_are_split_by_vendor(images):
     for r in images:
         allowed = {"test", "unseen"} if r["source"] == TEST_VENDOR else TRAINING_SPLITS | {"unseen_train_source"}
+        allowed = allowed | {"left_out"}
         assert r["split"] in allowed, r["sample_id"]
 
 
@@ -108,7 +109,7 @@ def test_recordings_are_split_by_voice_and_engine(speech):
             allowed = {"test", "unseen"}
         else:
             allowed = TRAINING_SPLITS
-        assert r["split"] in allowed, r["sample_id"]
+        assert r["split"] in allowed | {"left_out"}, r["sample_id"]
     assert "festival" not in {r["engine"] for r in speech if r["split"] in TRAINING_SPLITS}
     assert len({r["source"] for r in speech if r["split"] == "train"}) >= 5
 
@@ -122,6 +123,14 @@ def test_no_unseen_concept_and_no_group_of_one_reaches_training(images, speech, 
     assert not unseen & {r["concept_id"] for r in trained}
     assert not groups & {r["group"] for r in trained}
     assert not groups & {r["group"] for r in rows_of_both if not r["split"].startswith("unseen")}
+
+
+def test_seen_twins_of_unseen_concepts_are_left_out_of_training_and_of_queries(images, speech):
+    rows_of_both = [*images, *speech]
+    twins = {r["concept_id"] for r in rows_of_both if r["split"] == "left_out"}
+    names = {r["text"] for r in images if r["concept_id"] in twins}
+    assert {"snowman without snow", "bowl with spoon"} <= names
+    assert {r["split"] for r in rows_of_both if r["concept_id"] in twins} == {"left_out"}
 
 
 def test_obvious_near_duplicates_share_a_group(images):
