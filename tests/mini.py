@@ -157,11 +157,16 @@ def overrides(data: Path, text_tower: Path) -> list[str]:
     return [
         f"dataset.image={data}/images.parquet",
         f"dataset.audio={data}/speech.parquet",
-        *(f"~dataset.views.{view}" for view in ("test_unseen", "test_engine")),
-        "dataset.views.test.gallery={image: {split: [test]}, audio: {split: [test]}}",
+        "~dataset.where",  # a dict would be merged into the one that is there
+        "+dataset.where={split: [train]}",
+        "~dataset.views",
+        "+dataset.views={val: {queries: {image: {split: [val]}, audio: {split: [val]}}, "
+        "gallery: {image: {split: [val]}, audio: {split: [val]}, text: {split: [train, val]}}}, "
+        "test: {queries: {image: {split: [test]}, audio: {split: [test]}}, "
+        "gallery: {image: {split: [test]}, audio: {split: [test]}}}}",
         f"backbone.text.name={text_tower}",
         "backbone.text.sha256=null",
-        "~backbone.image",  # a dict would be merged into the one that is there
+        "~backbone.image",
         "+backbone.image={_target_: edge_glass.encoders.vision.VisionEncoder.from_config, model_type: resnet, "
         "image_size: 16, mean: [0.5, 0.5, 0.5], std: [0.25, 0.25, 0.25], layer_type: basic, embedding_size: 8, "
         "hidden_sizes: [8], depths: [1]}",
