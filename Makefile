@@ -10,8 +10,9 @@ demo: $(READY)
 	$(BIN)/python train.py
 
 # One thread: small tensors, and ranks and workers that share two cores.
-test check: export OMP_NUM_THREADS = 1
-test check: $(READY)
+check: test
+test: export OMP_NUM_THREADS = 1
+test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

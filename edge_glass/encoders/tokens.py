@@ -1,5 +1,6 @@
 """What every encoder gives, and what every encoder promises."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ class Tokens:
     mask: Tensor
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """A backbone that turns the inputs of one modality into `Tokens`.
 
     A frozen encoder stays as it is: no gradient, no optimizer state, and eval mode also while the model
@@ -50,8 +51,9 @@ class Encoder(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self._encode(inputs)
 
+    @abstractmethod
     def _encode(self, inputs) -> Tokens:
-        raise NotImplementedError
+        """Tokens of a batch of inputs."""
 
     def _freeze_unread(self, tokens: Tensor) -> None:
         """Freeze what the tokens do not depend on, such as a pooled head.
