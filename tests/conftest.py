@@ -11,6 +11,14 @@ def mini_data(tmp_path_factory):
     return mini.write_data(tmp_path_factory.mktemp("mini_data"))
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Leaves the figures out of runs in this process: drawing takes four fifths of so short a run."""
+    monkeypatch.setattr("edge_glass.results.retrieval_gallery", lambda *_: None)
+    for figure in ("training_curves", "recall_by_width"):
+        monkeypatch.setattr(f"edge_glass.reports.figures.{figure}", lambda *_: True)
+
+
 @pytest.fixture(scope="session")
 def text_tower(tmp_path_factory):
     """A Sentence-BERT of 16 dimensions."""

@@ -1,7 +1,6 @@
 """`python train.py` and `python evaluate.py`: what they print, what they leave, and how they fail."""
 
 import logging
-import os
 import re
 import runpy
 import socket
@@ -64,14 +63,13 @@ def command(tmp_path, monkeypatch, capfd):
     root.setLevel(level)
 
 
-def in_a_process(folder: Path, script: str, *arguments: str, flags=(), **environment: str) -> Outcome:
+def in_a_process(folder: Path, script: str, *arguments: str, flags=()) -> Outcome:
     """Runs a script as a person would."""
     ended = subprocess.run(
         [sys.executable, *flags, str(ROOT / script), *arguments],
         capture_output=True,
         text=True,
         cwd=folder,
-        env={**os.environ, **environment},
         timeout=300,
     )
     return Outcome(ended.returncode, ended.stdout, ended.stderr, left_in(folder))
@@ -111,11 +109,10 @@ def test_evaluate_explains_itself_without_importing_torch(tmp_path):
     assert outcome.files == []
 
 
-def test_pretrained_towers_without_network_are_one_message(tmp_path):
-    here = tmp_path / "here"
-    here.mkdir()
-    outcome = in_a_process(here, "train.py", "backbone=pretrained", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "empty"))
-    message = outcome.message()
+def test_pretrained_towers_without_network_are_one_message(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    message = command("train.py", "backbone=pretrained").message()
     assert "No weights for 'openai/clip-vit" in message
     assert "backbone=tiny" in message and "HF_HOME" in message and len(message.splitlines()) == 1
 
@@ -177,7 +174,7 @@ def test_a_defect_keeps_its_traceback(command, monkeypatch):
         command("train.py")
 
 
-def test_a_run_is_trained_evaluated_again_and_taken_up_again(command, tmp_path, mini_data, text_tower):
+def test_a_run_is_trained_evaluated_again_and_taken_up_again(command, tmp_path, mini_data, text_tower, no_pictures):
     arguments = [*mini.overrides(mini_data, text_tower), "name=small", "training.max_steps=2", "training.eval_every=2"]
     first = command("train.py", *arguments)
     assert first.code == 0, first.stderr

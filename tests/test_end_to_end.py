@@ -67,12 +67,10 @@ def pictures():
 
 
 @pytest.fixture(autouse=True)
-def no_pictures_unless_asked_for(request, monkeypatch):
-    """Drawing takes four fifths of so short a run."""
+def no_pictures_unless_asked_for(request):
+    """Most tests are about numbers."""
     if "pictures" not in request.fixturenames:
-        monkeypatch.setattr("edge_glass.results.retrieval_gallery", lambda *_: None)
-        for figure in ("training_curves", "recall_by_width"):
-            monkeypatch.setattr(f"edge_glass.reports.figures.{figure}", lambda *_: True)
+        request.getfixturevalue("no_pictures")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
+from functools import cache
+
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from edge_glass.config import ConfigError
 from edge_glass.signatures import check_targets
@@ -13,9 +15,14 @@ SOME_TOWER = {
 }
 
 
+@cache
+def default_config() -> DictConfig:
+    return mini.composed()
+
+
 def config_with(key: str, value) -> dict:
     """The default config as plain containers, with one value more or changed."""
-    config = mini.composed()
+    config = default_config().copy()
     OmegaConf.update(config, key, value, force_add=True)
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
