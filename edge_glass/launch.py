@@ -1,6 +1,7 @@
 """Runs a function on all ranks of a job, whatever started the job."""
 
 import importlib
+import logging
 import os
 import uuid
 from typing import Any
@@ -23,6 +24,7 @@ def run(function: str, config: DictConfig, run_dir: str) -> Any:
 
     Raises:
         UserError: from any rank, as that rank wrote it.
+        ChildFailedError: a defect in a rank that this job started, with that rank's traceback.
     """
     plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     if "SUBMITIT_EXECUTOR" in os.environ:
@@ -59,15 +61,23 @@ def _spawn(function: str, config: Any, run_dir: str, ranks: int) -> Any:
         monitor_interval=0.1,
         start_method="spawn",
     )
+    for name in ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # they would log what is raised here, as tracebacks
     try:
         return elastic_launch(world, call_in_rank)(function, config, run_dir)[0]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise UserError(f"rank {rank} failed: {failure.message or failure}") from error
+        if not isinstance(failure.message, dict):  # it had no time to say why
+            raise UserError(f"rank {rank} ended without a word (out of memory?): {failure.message}") from error
+        kind, _, message = failure.message["message"].partition(": ")
+        if kind != UserError.__name__:
+            raise
+        raise UserError(message) from error
 
 
 def call_in_rank(function: str, config: Any, run_dir: str) -> Any:
-    """`call`, with failures recorded so that the parent can say what went wrong."""
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    return record(call)(function, config, run_dir)
+    """`call`, with every error for the user under one name: a rank's parent is told an error's name and words only."""
+    try:
+        return call(function, config, run_dir)
+    except UserError as error:
+        raise UserError(str(error)) from error

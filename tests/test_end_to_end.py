@@ -387,16 +387,17 @@ def test_a_logger_that_fails_does_not_stop_the_run(start, tmp_path, monkeypatch,
     assert (tmp_path / "summary.json").is_file()
 
 
-def test_two_ranks_make_one_run(mini_data, text_tower, tmp_path, monkeypatch):
+def test_two_ranks_make_one_run(torn_data, text_tower, tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SUBMITIT_EXECUTOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    config = mini.experiment(
-        mini_data, text_tower, "launch.nproc_per_node=2", "optimization.batch_size=4", "training.max_steps=4"
-    )
+    data, torn = torn_data
+    small = ("launch.nproc_per_node=2", "optimization.batch_size=4", "training.max_steps=8")
+    config = mini.experiment(data, text_tower, *small, "dataset.max_bad_share=0.2")
     monitored = launch.run("edge_glass.training.fit:fit", config, str(tmp_path / "run"))
     summary = read(tmp_path / "run")
-    assert (summary["world_size"], summary["steps"], summary["samples"]) == (2, 4, 32)
+    assert (summary["world_size"], summary["steps"], summary["samples"]) == (2, 8, 64)
     assert monitored == summary["metrics"]["val/mean/R@1"]
-    assert [row["step"] for row in rows_of(tmp_path / "run", "train")] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows_of(tmp_path / "run", "train")] == list(range(1, 9))
+    assert {row["sample_id"] for row in summary["skipped_rows"]["rows"]} == torn  # of both ranks
     assert evaluate_folder(str(tmp_path / "run"), device="cpu")["metrics"] == summary["metrics"]
