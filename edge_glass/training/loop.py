@@ -41,7 +41,7 @@ class Limits:
 
     Attributes:
         max_steps: optimizer steps.
-        max_seconds: of this process's training; None for no limit.
+        max_seconds: from this process's first step on, evaluations included; None for no limit.
         eval_every: steps between evaluations.
         save_every: steps between checkpoints.
         log_every: steps between rows in the log.
