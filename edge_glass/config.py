@@ -88,6 +88,7 @@ class DatasetConfig:
     image_augment: Any = None
     keep_decoded_mb: int = 512
     max_bad_share: float = 0.01
+    recall: float | None = None
     views: dict[str, ViewConfig] = field(default_factory=dict)
     validation_view: str | None = None
 
@@ -98,6 +99,7 @@ class OptimizationConfig:
 
     batch_size: int = MISSING
     accumulation: int = 1
+    negative_captions: int = 0
     optimizer: Any = None
     scheduler: Any = None
     clip_norm: float | None = None
@@ -236,6 +238,7 @@ def check(config: DictConfig) -> None:
     for key, value, least in (
         ("optimization.batch_size", optimization.batch_size, 2),
         ("optimization.accumulation", optimization.accumulation, 1),
+        ("optimization.negative_captions", optimization.negative_captions, 0),
         ("training.max_steps", training.max_steps, 1),
         ("training.eval_every", training.eval_every, 1),
         ("training.save_every", training.save_every, 1),

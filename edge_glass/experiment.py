@@ -1,6 +1,7 @@
 """The parts of a run, built from its config: data first, since it fails fastest, then the task."""
 
 import os
+from copy import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,12 @@ from edge_glass.distributed import current_ranks
 from edge_glass.evaluation.names import MetricName
 from edge_glass.evaluation.views import Views
 from edge_glass.models.alignment import MultimodalAlignmentModel
+from edge_glass.models.projection import WhitenedProjection
+from edge_glass.models.recall import CaptionRecall
 from edge_glass.signatures import check_targets
 from edge_glass.tasks import AlignmentTask
 
+MOST_CAPTIONS = 8192  # evenly spread ones of more; whitening needs a few times as many as dimensions
 # For towers that the config does not have: nothing is decoded with these.
 NO_IMAGES: dict[str, Any] = {"image_size": 1, "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
 
@@ -64,7 +68,10 @@ class Experiment:
         dataset = build(
             self.config.dataset.train, rows=self.training_rows(), decoding=self.decoding, seed=self.config.seed
         )
-        return TrainingBatches(dataset, self.collate, self.config, pin_memory=self.device.type == "cuda")
+        collate, optimization = copy(self.collate), self.config.optimization
+        samples = optimization.batch_size * optimization.accumulation
+        collate.negative_captions = dataset.negative_captions(optimization.negative_captions, samples)
+        return TrainingBatches(dataset, collate, self.config, pin_memory=self.device.type == "cuda")
 
 
 class TrainingBatches:
@@ -116,6 +123,7 @@ def build_experiment(config: DictConfig) -> Experiment:
     torch.manual_seed(config.seed)
     try:
         model = MultimodalAlignmentModel({name: build(config.encoder[name]) for name in modalities(config)})
+        prepare_captions(model, [rows.where(plain(dataset.where)) for rows in tables.values()], dataset.recall)
         task = AlignmentTask(model, build(config.objective)).to(device)
     except hydra.errors.InstantiationException as error:
         # Hydra wraps what a constructor raises; the person wants the constructor's own words.
@@ -126,6 +134,39 @@ def build_experiment(config: DictConfig) -> Experiment:
     decoding = Decoding(images["image_size"], seconds, dataset.keep_decoded_mb)
     collate = Collate(images["mean"], images["std"], build(dataset.image_augment))
     return Experiment(config, tables, model, task, decoding, collate, device)
+
+
+def prepare_captions(model: MultimodalAlignmentModel, tables: list[Rows], recall: float | None) -> None:
+    """Fit a whitened text projection to the training captions, and let the model recall them.
+
+    Args:
+        model: its text tower takes part, if it has one.
+        tables: the training rows.
+        recall: the scale of recall; None for none.
+
+    Raises:
+        ConfigError: recall of captions whose embeddings will change in training.
+    """
+    tower = model.towers["text"] if "text" in model.towers else None
+    if tower is None:
+        return
+    if recall is not None and any(parameter.requires_grad for parameter in tower.parameters()):
+        raise ConfigError(
+            f"dataset.recall={recall} keeps the captions' embeddings, but the text tower is trained: give dataset.recall="
+            "null, or a frozen text tower with projection@encoder.text.projection=whitened"
+        )
+    whitened = isinstance(tower.projection, WhitenedProjection)
+    if recall is None and not whitened:
+        return
+    captions = sorted({text for rows in tables for text in rows.column("text")})
+    captions = captions[:: max(1, len(captions) // MOST_CAPTIONS)]
+    with torch.no_grad():
+        parts = [tower.features(captions[start : start + 64]) for start in range(0, len(captions), 64)]
+        features = torch.cat(parts)
+        if isinstance(tower.projection, WhitenedProjection):
+            tower.projection.fit(features)
+        if recall is not None:
+            model.recall = CaptionRecall(tower.projection(features), recall)
 
 
 def plain(node: DictConfig) -> Any:

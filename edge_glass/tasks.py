@@ -25,7 +25,7 @@ class AlignmentTask(nn.Module):
 
     Args:
         model: maps a `Batch` to embeddings, modality -> `[batch, dim]`.
-        loss: maps embeddings and concept ids to a scalar and figures for the log.
+        loss: maps embeddings and concept ids, both by modality, to a scalar and figures for the log.
     """
 
     def __init__(self, model: nn.Module, loss: nn.Module) -> None:
@@ -34,10 +34,10 @@ class AlignmentTask(nn.Module):
         self.loss = loss
 
     def encode(self, batch: Batch) -> dict[str, Tensor]:
-        """The embeddings of a batch, modality -> `[batch, dim]`."""
+        """The embeddings of a batch, modality -> `[inputs, dim]`."""
         return self.model(batch)
 
-    def loss_of(self, embeddings: dict[str, Tensor], concept_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_of(self, embeddings: dict[str, Tensor], concept_ids: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of embeddings, a scalar, and figures for the log."""
         return self.loss(embeddings, concept_ids)
 
@@ -63,7 +63,7 @@ class AlignmentTask(nn.Module):
         """
         embeddings = self.encode(batch)
         if gradient is None:
-            return self.loss_of(embeddings, batch.concept_ids)
+            return self.loss_of(embeddings, batch.ids())
         pairs = [(embeddings[modality], known) for modality, known in gradient.embeddings.items()]
         if gradient.parameters:
             pairs += zip(self.loss_parameters(), gradient.parameters, strict=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -129,6 +130,30 @@ class Captions:
         return self.texts[row]
 
 
+class NegativeCaptions:
+    """Captions of concepts that a batch does not show: for a frozen text tower, many negatives that cost little.
+
+    Args:
+        captions: of a table.
+        by_concept: concept -> its rows in that table.
+        count: how many captions to draw, each of another concept.
+    """
+
+    def __init__(self, captions: Captions, by_concept: dict[int, list[int]], count: int):
+        self.captions = captions
+        self.by_concept = by_concept
+        self.concepts = np.array(sorted(by_concept))
+        self.count = count
+
+    def draw(self, shown: list[int], generator: np.random.Generator) -> tuple[list[str], Tensor]:
+        """Captions and their concept ids `[count]`, of concepts that are not among `shown`."""
+        others = self.concepts[~np.isin(self.concepts, shown)]
+        chosen = generator.permutation(others)[: self.count].tolist()
+        rows = [self.by_concept[concept] for concept in chosen]
+        texts = [self.captions.draw(choices[generator.integers(len(choices))], generator) for choices in rows]
+        return texts, torch.tensor(chosen, dtype=torch.int64)
+
+
 class TriModalDataset(Dataset[Sample]):
     """Image, audio and text of one concept in each sample, from tables that share concept ids.
 
@@ -168,6 +193,16 @@ class TriModalDataset(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.places)
+
+    def negative_captions(self, count: int, batch: int) -> NegativeCaptions | None:
+        """Draws up to `count` captions beside a batch of `batch` samples; None where no concept is left over.
+
+        The number is the same for every batch, so that ranks can gather what they embed.
+        """
+        name = next(iter(self.readers))
+        by_concept = {concept: self.by_concept[name][concept] for concept in {concept for concept, _ in self.places}}
+        count = min(count, len(by_concept) - batch)
+        return NegativeCaptions(self.captions[name], by_concept, count) if count > 0 else None
 
     def __getitem__(self, index: Index) -> Sample:
         return _first_readable(index, self.seed, len(self), self._sample)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from edge_glass.data.augment import ImageAugment
 from edge_glass.data.batch import AudioClips, Batch, SkippedRow
-from edge_glass.data.datasets import Decoding, Index, MediaReader, Sample
+from edge_glass.data.datasets import Decoding, Index, MediaReader, NegativeCaptions, Sample
 from edge_glass.data.decode import Undecodable
 from edge_glass.data.rows import DataError, Rows
 
@@ -64,6 +64,7 @@ class Collate:
         mean: of the image tower's normalisation, per channel, in 0..1.
         std: likewise.
         image_augment: training-time variation of images, or None.
+        negative_captions: draws captions of further concepts for each training batch, or None.
     """
 
     def __init__(
@@ -71,7 +72,9 @@ class Collate:
         mean: list[float],
         std: list[float],
         image_augment: ImageAugment | None = None,
+        negative_captions: NegativeCaptions | None = None,
     ):
+        self.negative_captions = negative_captions
         self.mean = torch.tensor(mean).view(1, 3, 1, 1)
         self.std = torch.tensor(std).view(1, 3, 1, 1)
         self.image_augment = image_augment
@@ -81,12 +84,18 @@ class Collate:
         images = [sample.image for sample in samples if sample.image is not None]
         clips = [sample.audio for sample in samples if sample.audio is not None]
         texts = [sample.text for sample in samples if sample.text is not None]
+        concepts = [sample.concept_id for sample in samples]
+        extra_text, extra_ids = [], None
+        if self.negative_captions is not None:
+            extra_text, extra_ids = self.negative_captions.draw(concepts, generators[0])
         return Batch(
             sample_ids=[sample.sample_id for sample in samples],
-            concept_ids=torch.tensor([sample.concept_id for sample in samples]),
+            concept_ids=torch.tensor(concepts),
             image=self.pixels(images, generators) if images else None,
             audio=self.waveforms(clips) if clips else None,
             text=texts or None,
+            extra_text=extra_text,
+            extra_ids=extra_ids,
             skipped=[row for sample in samples for row in sample.skipped],
         )
 

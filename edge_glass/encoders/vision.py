@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 
+import edge_glass.encoders.convnet  # noqa: F401  (makes its model type known to transformers)
 from edge_glass.encoders.tokens import Encoder, Tokens
 from edge_glass.encoders.weights import checked_options, load_checkpoint, load_model
 

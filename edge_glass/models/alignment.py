@@ -8,7 +8,8 @@ from edge_glass.data.batch import MODALITIES, AudioClips, Batch
 from edge_glass.encoders.tokens import Encoder
 from edge_glass.models.perceiver import PerceiverResampler
 from edge_glass.models.pooling import SegmentPool
-from edge_glass.models.projection import ProjectionHead
+from edge_glass.models.recall import CaptionRecall
+from edge_glass.models.projection import ProjectionHead, WhitenedProjection
 
 Inputs = Tensor | AudioClips | list[str]
 
@@ -31,7 +32,7 @@ class Tower(nn.Module):
         encoder: Encoder,
         resampler: PerceiverResampler | None,
         pool: SegmentPool,
-        projection: ProjectionHead,
+        projection: ProjectionHead | WhitenedProjection,
     ):
         super().__init__()
         if resampler is not None and resampler.dim != encoder.dim:
@@ -51,12 +52,16 @@ class Tower(nn.Module):
         """Width of the embedding."""
         return self.projection.out_dim
 
-    def forward(self, inputs: Inputs) -> Tensor:
-        """Embeddings `[batch, out_dim]`, not normalised."""
+    def features(self, inputs: Inputs) -> Tensor:
+        """What the projection reads, `[batch, projection.in_dim]`."""
         tokens = self.encoder(inputs)
         if self.resampler is not None:
             tokens = self.resampler(tokens)
-        return self.projection(self.pool(tokens))
+        return self.pool(tokens)
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Embeddings `[batch, out_dim]`, not normalised."""
+        return self.projection(self.features(inputs))
 
 
 class MultimodalAlignmentModel(nn.Module):
@@ -78,16 +83,23 @@ class MultimodalAlignmentModel(nn.Module):
             raise ValueError(f"the towers' embeddings differ in width: {widths}; give all projections one out_dim")
         self.towers = nn.ModuleDict(towers)
         self.out_dim = next(iter(widths.values()))
+        self.recall: CaptionRecall | None = None
 
     def encode(self, modality: str, inputs: Inputs) -> Tensor:
         """Embeddings `[batch, out_dim]` of one modality, not normalised.
+
+        With `recall` those of images and audio are drawn to the known captions, except in training, where the loss
+        compares them with the captions itself.
 
         Raises:
             ValueError: the model has no tower for it.
         """
         if modality not in self.towers:
             raise ValueError(f"no tower for {modality!r}; this model has {list(self.towers)}")
-        return self.towers[modality](inputs)
+        embeddings = self.towers[modality](inputs)
+        if self.recall is None or self.training or modality == "text":
+            return embeddings
+        return self.recall(embeddings)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Embeddings `[batch, out_dim]` of each modality that both the batch and the model have.

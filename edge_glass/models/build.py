@@ -6,14 +6,14 @@ from edge_glass.encoders.tokens import Encoder
 from edge_glass.models.alignment import Tower
 from edge_glass.models.perceiver import PerceiverResampler
 from edge_glass.models.pooling import SegmentPool
-from edge_glass.models.projection import ProjectionHead
+from edge_glass.models.projection import ProjectionHead, WhitenedProjection
 
 
 def build_tower(
     encoder: Encoder,
     resampler: Callable[..., PerceiverResampler] | None,
     segments: int,
-    projection: Callable[..., ProjectionHead],
+    projection: Callable[..., ProjectionHead | WhitenedProjection],
 ) -> Tower:
     """A tower whose resampler and projection have the widths that its encoder asks for.
 

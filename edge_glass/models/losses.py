@@ -237,12 +237,12 @@ class TriModalAlignmentLoss(nn.Module):
             }
         )
 
-    def forward(self, embeddings: dict[str, Tensor], concept_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, embeddings: dict[str, Tensor], concept_ids: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch.
 
         Args:
-            embeddings: `[batch, dim]` of two or three of `image`, `audio`, `text`.
-            concept_ids: `[batch]`; rows with equal ids are positives of each other.
+            embeddings: `[rows, dim]` of two or three of `image`, `audio`, `text`; the number of rows may differ.
+            concept_ids: `[rows]` for each of them; rows with equal ids are positives of each other.
 
         Returns:
             The total, and for the log, without gradient, each pair's loss and scale: `loss/image_text`, ...
@@ -261,7 +261,9 @@ class TriModalAlignmentLoss(nn.Module):
         figures = {}
         for pair in present:
             first, second = pair.split("_")
-            loss = self.pairs[pair](embeddings[first], embeddings[second], concept_ids, concept_ids)
+            loss = self.pairs[pair](
+                embeddings[first], embeddings[second], concept_ids[first], concept_ids[second]
+            )
             total = total + self.pair_weights[pair] * loss
             figures[f"loss/{pair}"] = loss.detach()
             figures[f"scale/{pair}"] = self.pairs[pair].scale

@@ -76,6 +76,66 @@ class MatryoshkaProjection(ProjectionHead):
         return normalize(embedding[..., :width], dim=-1)
 
 
+class WhitenedProjection(nn.Module):
+    """Features of a frozen tower as a fixed code in which every direction says equally much.
+
+    Sentence embeddings crowd along a few directions. Whitened (Su et al. 2021, https://arxiv.org/abs/2103.15316) they
+    spread, so that a tower which learns to hit them is told every concept from every other from the first step on; and
+    since nothing here is trained, the target cannot bend towards what the other towers find easy (locked text: Zhai et
+    al. 2022, https://arxiv.org/abs/2111.07991). A random rotation at the end makes all coordinates equals, so that
+    any leading part of the code is a code as well.
+
+    Args:
+        in_dim: width of the features.
+        out_dim: width of the embedding, at most `in_dim`: the directions of largest variance are kept.
+        floor: added to every variance before it is divided by, as a share of the mean variance, so that directions
+            in which the features hardly differ are not blown up into noise.
+        seed: of the rotation.
+
+    Raises:
+        ValueError: an embedding wider than the features.
+    """
+
+    mean: Tensor  # [in_dim]
+    matrix: Tensor  # [in_dim, out_dim]
+
+    def __init__(self, in_dim: int, out_dim: int, floor: float = 1e-3, seed: int = 0):
+        super().__init__()
+        if not 1 <= out_dim <= in_dim:
+            raise ValueError(
+                f"a whitened embedding of {out_dim} numbers cannot come from {in_dim} features: give encoder.dim of at "
+                f"most {in_dim}, or a projection that learns (projection@encoder.text.projection=matryoshka)"
+            )
+        self.in_dim = in_dim
+        self.out_dim = out_dim
+        self.floor = floor
+        turn = torch.randn(out_dim, out_dim, generator=torch.Generator().manual_seed(seed))
+        self.rotation = torch.linalg.qr(turn).Q
+        self.register_buffer("mean", torch.zeros(in_dim))
+        self.register_buffer("matrix", torch.cat([self.rotation, torch.zeros(in_dim - out_dim, out_dim)]))
+
+    @torch.no_grad()
+    def fit(self, features: Tensor) -> None:
+        """Whiten with the mean and covariance of these features, `[rows, in_dim]`.
+
+        Raises:
+            ValueError: fewer than two rows.
+        """
+        if len(features) < 2:
+            raise ValueError(f"whitening needs at least 2 rows of features to know their covariance, not {len(features)}")
+        rows = features.double().cpu()
+        variances, directions = torch.linalg.eigh(torch.cov(rows.T))
+        variances, directions = variances[-self.out_dim :].clamp(min=0), directions[:, -self.out_dim :]
+        scales = (variances + self.floor * variances.mean()).clamp(min=1e-12).rsqrt()
+        self.mean.copy_(rows.mean(0))
+        self.matrix.copy_((directions * scales) @ self.rotation.double())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`[..., in_dim]` to `[..., out_dim]`."""
+        with torch.autocast(features.device.type, enabled=False):
+            return (features.float() - self.mean) @ self.matrix
+
+
 class MultimodalProjector(nn.Module):
     """Prefix tokens for a language decoder, from the tokens of a tower.
 

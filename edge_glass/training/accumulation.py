@@ -60,15 +60,18 @@ def accumulate_exact(
 
     bare = cast(AlignmentTask, task.module if isinstance(task, DistributedDataParallel) else task)
     parts, random_states = _embed_without_gradient(bare, micro_batches, autocast)
-    concept_ids = torch.cat([batch.concept_ids for batch in micro_batches])
+    ids = [batch.ids() for batch in micro_batches]
     embeddings = {name: torch.cat([part[name] for part in parts]).requires_grad_() for name in parts[0]}
+    concept_ids = {name: torch.cat([of_part[name] for of_part in ids]) for name in parts[0]}
     with autocast():
         loss, figures = bare.loss_of(embeddings, concept_ids)
     sources = [*embeddings.values(), *bare.loss_parameters()]
     gradients = torch.autograd.grad(scale(loss), sources, materialize_grads=True)
 
-    sizes = [len(batch.concept_ids) for batch in micro_batches]
-    by_modality = {name: known.split(sizes) for name, known in zip(embeddings, gradients, strict=False)}
+    by_modality = {
+        name: known.split([len(part[name]) for part in parts])
+        for name, known in zip(embeddings, gradients, strict=False)
+    }
     for i, (batch, random_state) in enumerate(zip(micro_batches, random_states, strict=True)):
         gradient = LossGradient({name: known[i] for name, known in by_modality.items()})
         last = i == len(micro_batches) - 1
