@@ -1,8 +1,8 @@
 """The parts of a run, built from its config: data first, since it fails fastest, then the task."""
 
 import os
-from copy import copy
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from edge_glass.data.rows import Rows, read_tables
 from edge_glass.distributed import current_ranks
 from edge_glass.evaluation.names import MetricName
 from edge_glass.evaluation.views import Views
-from edge_glass.models.alignment import MultimodalAlignmentModel
+from edge_glass.models.alignment import MultimodalAlignmentModel, Tower
 from edge_glass.models.projection import WhitenedProjection
 from edge_glass.models.recall import CaptionRecall
 from edge_glass.signatures import check_targets
@@ -147,13 +147,14 @@ def prepare_captions(model: MultimodalAlignmentModel, tables: list[Rows], recall
     Raises:
         ConfigError: recall of captions whose embeddings will change in training.
     """
-    tower = model.towers["text"] if "text" in model.towers else None
-    if tower is None:
+    if "text" not in model.towers:
         return
+    tower = model.towers.get_submodule("text")
+    assert isinstance(tower, Tower)
     if recall is not None and any(parameter.requires_grad for parameter in tower.parameters()):
         raise ConfigError(
-            f"dataset.recall={recall} keeps the captions' embeddings, but the text tower is trained: give dataset.recall="
-            "null, or a frozen text tower with projection@encoder.text.projection=whitened"
+            f"dataset.recall={recall} keeps the captions' embeddings, but the text tower is trained: give "
+            "dataset.recall=null, or a frozen text tower with projection@encoder.text.projection=whitened"
         )
     whitened = isinstance(tower.projection, WhitenedProjection)
     if recall is None and not whitened:

@@ -37,7 +37,9 @@ class AlignmentTask(nn.Module):
         """The embeddings of a batch, modality -> `[inputs, dim]`."""
         return self.model(batch)
 
-    def loss_of(self, embeddings: dict[str, Tensor], concept_ids: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_of(
+        self, embeddings: dict[str, Tensor], concept_ids: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of embeddings, a scalar, and figures for the log."""
         return self.loss(embeddings, concept_ids)
 

@@ -401,3 +401,20 @@ def test_two_ranks_make_one_run(torn_data, text_tower, tmp_path, monkeypatch):
     assert [row["step"] for row in rows_of(tmp_path / "run", "train")] == list(range(1, 9))
     assert {row["sample_id"] for row in summary["skipped_rows"]["rows"]} == torn  # of both ranks
     assert evaluate_folder(str(tmp_path / "run"), device="cpu")["metrics"] == summary["metrics"]
+
+
+def test_recall_embeds_pictures_and_sounds_as_mixtures_of_the_training_captions(start, mini_data, text_tower, tmp_path):
+    start(tmp_path / "run", "dataset.recall=20", "training.max_steps=2")
+    stored = load_file(Checkpoints(tmp_path / "run").find("last") / "model.safetensors")
+    rows = read_tables(mini_data / "images.parquet", mini_data / "speech.parquet").values()
+    captions = {text for part in rows for text in part.where({"split": ["train"]}).column("text")}
+    assert stored["model.recall.memory"].shape == (len(captions), 16)
+    before = read(tmp_path / "run")["metrics"]
+    evaluate_folder(str(tmp_path / "run"))
+    assert read(tmp_path / "run")["metrics"] == before
+
+
+def test_recall_of_captions_that_training_would_change_is_refused(start, tmp_path):
+    with pytest.raises(UserError, match=r"dataset\.recall=20\.0.*whitened"):
+        start(tmp_path / "run", "dataset.recall=20", "projection@encoder.text.projection=matryoshka")
+    assert not (tmp_path / "run").exists()

@@ -47,7 +47,7 @@ def test_forward_is_the_loss_of_the_encoded_batch():
         "text": (5, 8),
     }
     loss, figures = task(batch)
-    again, _ = task.loss_of(embeddings, batch.concept_ids)
+    again, _ = task.loss_of(embeddings, batch.ids())
     assert torch.equal(loss, again)
     assert set(figures) == {"loss/image_text", "scale/image_text"}
 
@@ -59,7 +59,7 @@ def test_the_stand_in_for_a_loss_has_the_gradient_of_the_loss():
     expected = gradients(task)
 
     embeddings = {name: x.detach().requires_grad_() for name, x in task.encode(batch).items()}
-    loss, _ = task.loss_of(embeddings, batch.concept_ids)
+    loss, _ = task.loss_of(embeddings, batch.ids())
     sources = [*embeddings.values(), *task.loss_parameters()]
     image, text, *of_the_loss = torch.autograd.grad(loss, sources)
     task(batch, LossGradient({"image": image, "text": text}, of_the_loss)).backward()

@@ -17,9 +17,7 @@ class ConvNetConfig(PreTrainedConfig):
 
     model_type = "plain_convnet"
 
-    def __init__(
-        self, hidden_sizes: list[int] | None = None, num_channels: int = 3, kernel_size: int = 3, **options
-    ):
+    def __init__(self, hidden_sizes: list[int] | None = None, num_channels: int = 3, kernel_size: int = 3, **options):
         self.hidden_sizes = [32, 64, 128] if hidden_sizes is None else list(hidden_sizes)
         self.num_channels = num_channels
         self.kernel_size = kernel_size

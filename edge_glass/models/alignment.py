@@ -8,8 +8,8 @@ from edge_glass.data.batch import MODALITIES, AudioClips, Batch
 from edge_glass.encoders.tokens import Encoder
 from edge_glass.models.perceiver import PerceiverResampler
 from edge_glass.models.pooling import SegmentPool
-from edge_glass.models.recall import CaptionRecall
 from edge_glass.models.projection import ProjectionHead, WhitenedProjection
+from edge_glass.models.recall import CaptionRecall
 
 Inputs = Tensor | AudioClips | list[str]
 

@@ -237,7 +237,9 @@ class TriModalAlignmentLoss(nn.Module):
             }
         )
 
-    def forward(self, embeddings: dict[str, Tensor], concept_ids: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, embeddings: dict[str, Tensor], concept_ids: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch.
 
         Args:
@@ -261,9 +263,7 @@ class TriModalAlignmentLoss(nn.Module):
         figures = {}
         for pair in present:
             first, second = pair.split("_")
-            loss = self.pairs[pair](
-                embeddings[first], embeddings[second], concept_ids[first], concept_ids[second]
-            )
+            loss = self.pairs[pair](embeddings[first], embeddings[second], concept_ids[first], concept_ids[second])
             total = total + self.pair_weights[pair] * loss
             figures[f"loss/{pair}"] = loss.detach()
             figures[f"scale/{pair}"] = self.pairs[pair].scale

@@ -122,7 +122,9 @@ class WhitenedProjection(nn.Module):
             ValueError: fewer than two rows.
         """
         if len(features) < 2:
-            raise ValueError(f"whitening needs at least 2 rows of features to know their covariance, not {len(features)}")
+            raise ValueError(
+                f"whitening needs at least 2 rows of features to know their covariance, not {len(features)}"
+            )
         rows = features.double().cpu()
         variances, directions = torch.linalg.eigh(torch.cov(rows.T))
         variances, directions = variances[-self.out_dim :].clamp(min=0), directions[:, -self.out_dim :]

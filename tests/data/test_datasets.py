@@ -264,3 +264,18 @@ def test_instructions_may_lie_in_a_folder_with_their_media(tmp_path):
     np.testing.assert_array_equal(dataset[0, 1].image, decode_image((folder / "a.png").read_bytes(), 16))
     with pytest.raises(DataError, match="no column 'output'"):
         InstructionDataset(read_rows(mini.write_jsonl(tmp_path / "no", [{"instruction": "x"}])), decoding())
+
+
+def test_negative_captions_are_of_concepts_that_the_batch_does_not_show(tmp_path):
+    dataset = TriModalDataset(tables(tmp_path, mini.image_rows(), mini.speech_rows()), decoding())
+    concepts = sorted({concept for concept, _ in dataset.places})
+    negatives = dataset.negative_captions(1000, batch=4)
+    shown = concepts[:3]
+    texts, ids = negatives.draw(shown, np.random.default_rng(0))
+    assert len(texts) == len(ids) == len(concepts) - 4  # as many as there always are, whatever a batch shows
+    assert not set(ids.tolist()) & set(shown) and len(set(ids.tolist())) == len(ids)
+    assert all(text == mini.names()[concept] for text, concept in zip(texts, ids.tolist(), strict=True))
+    assert negatives.draw(shown, np.random.default_rng(0))[0] == texts
+    assert negatives.draw(shown, np.random.default_rng(1))[0] != texts
+    assert dataset.negative_captions(1000, batch=len(concepts)) is None
+    assert dataset.negative_captions(0, batch=4) is None

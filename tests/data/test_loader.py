@@ -170,3 +170,17 @@ def test_evaluation_leaves_broken_rows_out_and_names_them(tmp_path):
         found = [sample for batch in batches for sample in batch.sample_ids]
         assert found == ["pen/1", "pen/2", "pen/3", "pen/8"]
         assert [row.sample_id for row in batches.skipped] == ["pen/0", "pen/4", "pen/5", "pen/6", "pen/7"]
+
+
+def test_negative_captions_come_with_each_batch_and_are_shared_out_among_its_parts():
+    class Captions:
+        def draw(self, shown, generator):
+            return ["x", "y", "z"], torch.tensor([7, 8, 9])
+
+    with_negatives = Collate(MEAN, STD, negative_captions=Captions())
+    batch = with_negatives([sample(place, 2, text=str(place)) for place in range(4)])
+    assert batch.inputs("text") == ["0", "1", "2", "3", "x", "y", "z"] and batch.text == ["0", "1", "2", "3"]
+    assert batch.ids()["text"].tolist() == [0, 1, 0, 1, 7, 8, 9] and batch.ids()["audio"].tolist() == [0, 1, 0, 1]
+    parts = batch.split(2)
+    assert [part.inputs("text") for part in parts] == [["0", "1", "x"], ["2", "3", "y", "z"]]
+    assert [part.ids()["text"].tolist() for part in parts] == [[0, 1, 7], [0, 1, 8, 9]]

@@ -5,7 +5,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModel, ResNetConfig, ResNetModel
+from transformers import (
+    AutoModel,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPVisionModel,
+    ResNetConfig,
+    ResNetModel,
+)
 
 from edge_glass.encoders.vision import VisionEncoder
 from edge_glass.encoders.weights import WeightsNotFound
@@ -201,3 +209,15 @@ def test_a_checkpoint_without_image_processor_is_refused(tmp_path):
     ResNetModel(ResNetConfig(**SMALL["resnet"])).save_pretrained(tmp_path)
     with pytest.raises(WeightsNotFound, match="image processor"):
         VisionEncoder.from_pretrained(str(tmp_path))
+
+
+def test_a_plain_convnet_is_a_model_of_transformers_own_format(tmp_path):
+    encoder = VisionEncoder.from_config("plain_convnet", 16, [0.5] * 3, [0.25] * 3, hidden_sizes=[4, 8]).eval()
+    images = torch.randn(2, 3, 16, 16)
+    tokens = encoder(images).tokens
+    assert tokens.shape == (2, 16, 8) and encoder.token_count == 16
+    encoder.backbone.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(images).last_hidden_state.flatten(2).transpose(1, 2), tokens)
+    with pytest.raises(ValueError, match="did you mean 'hidden_sizes'"):
+        VisionEncoder.from_config("plain_convnet", 16, [0.5] * 3, [0.25] * 3, hidden_size=[4])

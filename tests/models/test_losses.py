@@ -199,7 +199,7 @@ def test_settings_that_cannot_work_are_named():
 def three_modalities() -> tuple[dict[str, Tensor], Tensor]:
     image, text, ids, _ = sample()
     audio, _, _, _ = sample(seed=1)
-    return {"image": image, "audio": audio, "text": text}, ids
+    return {"image": image, "audio": audio, "text": text}, {"image": ids, "audio": ids, "text": ids}
 
 
 def test_the_trimodal_loss_is_the_weighted_mean_of_its_pairs_each_with_its_own_temperature():
@@ -214,7 +214,7 @@ def test_the_trimodal_loss_is_the_weighted_mean_of_its_pairs_each_with_its_own_t
     for pair, weight in weights.items():
         first, second = pair.split("_")
         alone = AlignmentLoss(WIDTHS, temperature=temperatures[pair])
-        value = alone(embeddings[first], embeddings[second], ids, ids)
+        value = alone(embeddings[first], embeddings[second], ids[first], ids[second])
         torch.testing.assert_close(figures[f"loss/{pair}"], value)
         torch.testing.assert_close(figures[f"scale/{pair}"].item(), 1 / temperatures[pair])
         expected = expected + weight / 4 * value
@@ -228,7 +228,9 @@ def test_a_batch_of_two_modalities_trains_their_pair_and_leaves_no_parameter_unu
     del embeddings["audio"]
     loss = TriModalAlignmentLoss(WIDTHS)
     total, figures = loss(embeddings, ids)
-    torch.testing.assert_close(total, AlignmentLoss(WIDTHS)(embeddings["image"], embeddings["text"], ids, ids))
+    torch.testing.assert_close(
+        total, AlignmentLoss(WIDTHS)(embeddings["image"], embeddings["text"], ids["image"], ids["text"])
+    )
     assert set(figures) == {"loss/image_text", "scale/image_text"}
     total.backward()
     assert loss.pairs["image_text"].log_scale.grad != 0
@@ -241,6 +243,20 @@ def test_a_pair_that_is_not_named_or_weighs_nothing_is_not_trained():
     _, figures = loss(embeddings, ids)
     assert set(figures) == {"loss/image_text", "scale/image_text"}
     assert len(list(loss.parameters())) == 1
+
+
+def test_captions_of_other_concepts_are_negatives_for_every_sample():
+    embeddings, ids = three_modalities()
+    more, other = torch.randn(7, embeddings["text"].shape[1]), torch.arange(7) + 1000
+    weights = {"image_text": 1.0}
+    few, _ = TriModalAlignmentLoss(WIDTHS, weights)(embeddings, ids)
+    texts = {"text": torch.cat([embeddings["text"], more])}
+    many, _ = TriModalAlignmentLoss(WIDTHS, weights)(
+        embeddings | texts, ids | {"text": torch.cat([ids["text"], other])}
+    )
+    expected = AlignmentLoss(WIDTHS)(embeddings["image"], texts["text"], ids["image"], torch.cat([ids["text"], other]))
+    torch.testing.assert_close(many, expected)
+    assert many > few
 
 
 def test_pairs_that_do_not_exist_are_named():

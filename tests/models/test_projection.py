@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from edge_glass.encoders.tokens import Tokens
-from edge_glass.models.projection import MatryoshkaProjection, MultimodalProjector, ProjectionHead
+from edge_glass.models.projection import MatryoshkaProjection, MultimodalProjector, ProjectionHead, WhitenedProjection
 
 
 def test_without_hidden_width_the_head_is_linear():
@@ -94,3 +94,37 @@ def test_a_prefix_keeps_the_order_of_the_tokens():
 def test_a_prefix_of_no_tokens_is_refused():
     with pytest.raises(ValueError, match="tokens is 0"):
         MultimodalProjector(6, 12, tokens=0)
+
+
+def correlated(rows=400, width=12) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.randn(width, width, generator=generator) * torch.linspace(0.1, 3, width)
+    return torch.randn(rows, width, generator=generator) @ mix.T + 5
+
+
+@pytest.mark.parametrize("out_dim", [12, 5])
+def test_a_whitened_code_is_centred_with_equal_variance_in_every_direction(out_dim):
+    features = correlated()
+    projection = WhitenedProjection(12, out_dim, floor=0.0)
+    projection.fit(features)
+    code = projection(features)
+    torch.testing.assert_close(code.mean(0), torch.zeros(out_dim), atol=1e-3, rtol=0)
+    torch.testing.assert_close(torch.cov(code.T), torch.eye(out_dim), atol=1e-3, rtol=0)
+    assert not list(projection.parameters())
+
+
+def test_directions_without_variance_are_not_blown_up():
+    features = torch.cat([torch.randn(50, 3), torch.full((50, 3), 2.0)], dim=1)
+    projection = WhitenedProjection(6, 6)
+    projection.fit(features)
+    assert torch.isfinite(projection(features)).all()
+    few = torch.randn(2, 6)
+    projection.fit(few)  # fewer rows than dimensions
+    assert torch.isfinite(projection(few)).all()
+
+
+def test_a_whitened_code_wider_than_its_features_is_refused_with_what_would_fit():
+    with pytest.raises(ValueError, match=r"encoder\.dim of at most 12"):
+        WhitenedProjection(12, 13)
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        WhitenedProjection(12, 4).fit(torch.randn(1, 12))

@@ -83,7 +83,9 @@ def one_graph(task: AlignmentTask, micro_batches: list[Batch]) -> Tensor:
     """The reference: embed the micro-batches one after another, keep every graph, one loss over all."""
     parts = [task.encode(batch) for batch in micro_batches]
     embeddings = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    loss, _ = task.loss_of(embeddings, torch.cat([batch.concept_ids for batch in micro_batches]))
+    loss, _ = task.loss_of(
+        embeddings, {name: torch.cat([batch.ids()[name] for batch in micro_batches]) for name in embeddings}
+    )
     loss.backward()
     return loss.detach()
 
