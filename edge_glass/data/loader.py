@@ -85,9 +85,8 @@ class Collate:
         clips = [sample.audio for sample in samples if sample.audio is not None]
         texts = [sample.text for sample in samples if sample.text is not None]
         concepts = [sample.concept_id for sample in samples]
-        extra_text, extra_ids = [], None
-        if self.negative_captions is not None:
-            extra_text, extra_ids = self.negative_captions.draw(concepts, generators[0])
+        captions = self.negative_captions
+        extra_text, extra_ids = ([], None) if captions is None else captions.draw(concepts, generators[0])
         return Batch(
             sample_ids=[sample.sample_id for sample in samples],
             concept_ids=torch.tensor(concepts),
