@@ -145,8 +145,16 @@ def prepare_captions(model: MultimodalAlignmentModel, tables: list[Rows], recall
         recall: the scale of recall; None for none.
 
     Raises:
-        ConfigError: recall of captions whose embeddings will change in training.
+        ConfigError: a whitened projection of another modality, or recall of captions whose embeddings will change in
+            training.
     """
+    trained = [name for name, tower in model.towers.items() if name != "text"]
+    for name in trained:
+        if isinstance(model.towers.get_submodule(name).projection, WhitenedProjection):
+            raise ConfigError(
+                f"encoder.{name}.projection is whitened, which is fitted to captions: only the text tower can have it; "
+                f"give projection@encoder.{name}.projection=matryoshka"
+            )
     if "text" not in model.towers:
         return
     tower = model.towers.get_submodule("text")

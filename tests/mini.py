@@ -176,8 +176,6 @@ def overrides(data: Path, text_tower: Path) -> list[str]:
         "backbone.segments={image: 4, audio: 4, text: 1}",
         "encoder.dim=16",
         "encoder.widths=[16,8]",
-        "encoder.image.projection.hidden_dim=null",
-        "encoder.audio.projection.hidden_dim=null",
         "dataset.recall=null",
         "optimization.batch_size=8",
         "training.max_steps=6",

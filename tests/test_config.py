@@ -38,7 +38,8 @@ def options() -> list[tuple[str, ...]]:
         group, option = file.parent.name, file.stem
         if group in NO_GROUPS or file.name == "space.yaml":
             continue
-        found += [(f"{place}={option}", *PATHS.get(f"{group}/{option}", ())) for place in PARTS.get(group, [group])]
+        places = ["projection@encoder.text.projection"] if option == "whitened" else PARTS.get(group, [group])
+        found += [(f"{place}={option}", *PATHS.get(f"{group}/{option}", ())) for place in places]
     return found
 
 

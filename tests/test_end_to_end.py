@@ -149,7 +149,9 @@ def test_a_folder_without_checkpoint_cannot_be_evaluated(trimodal, tmp_path):
 
 
 def test_the_best_weights_are_judged_when_asked_for(start, tmp_path):
-    monitored = start(tmp_path, "training.test_checkpoint=best", "training.eval_every=1", "training.keep_last=9")
+    falling_apart = "optimization.optimizer.lr=1.0"  # so that the last weights are not the best
+    often = ["training.eval_every=1", "training.keep_last=9"]
+    monitored = start(tmp_path, "training.test_checkpoint=best", falling_apart, *often)
     summary = read(tmp_path)
     assert summary["checkpoint"] == "best" and summary["best"]["step"] < 6
     assert summary["metrics"]["val/mean/R@1"] == summary["best"]["value"] == monitored
@@ -418,3 +420,9 @@ def test_recall_of_captions_that_training_would_change_is_refused(start, tmp_pat
     with pytest.raises(UserError, match=r"dataset\.recall=20\.0.*whitened"):
         start(tmp_path / "run", "dataset.recall=20", "projection@encoder.text.projection=matryoshka")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_whitened_projection_of_pictures_is_refused(start, tmp_path):
+    places = ["projection@encoder.image.projection=whitened", "~encoder.image.projection.hidden_dim"]
+    with pytest.raises(UserError, match=r"encoder\.image\.projection is whitened.*matryoshka"):
+        start(tmp_path / "run", *places)
