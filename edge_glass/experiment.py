@@ -103,9 +103,18 @@ class TrainingBatches:
 
 
 def build(node: Any, **given: Any) -> Any:
-    """What a `_target_` node describes, called with `given` if it is `_partial_`."""
+    """What a `_target_` node describes, called with `given` if it is `_partial_`.
+
+    Raises:
+        ConfigError: values that what is called with `given` refuses, in its own words.
+    """
     built = hydra.utils.instantiate(node, _convert_="all")
-    return built(**given) if given else built
+    if not given:
+        return built
+    try:
+        return built(**given)
+    except ValueError as error:
+        raise ConfigError(f"{node['_target_']}: {error}") from error
 
 
 def build_experiment(config: DictConfig) -> Experiment:

@@ -426,3 +426,9 @@ def test_a_whitened_projection_of_pictures_is_refused(start, tmp_path):
     places = ["projection@encoder.image.projection=whitened", "~encoder.image.projection.hidden_dim"]
     with pytest.raises(UserError, match=r"encoder\.image\.projection is whitened.*matryoshka"):
         start(tmp_path / "run", *places)
+
+
+def test_a_value_that_the_optimizer_refuses_is_one_message_and_leaves_nothing(start, tmp_path):
+    with pytest.raises(UserError, match=r"AdamW: Invalid learning rate: -1"):
+        start(tmp_path / "run", "optimization.optimizer.lr=-1")
+    assert not (tmp_path / "run").exists()
