@@ -264,6 +264,8 @@ def check(config: DictConfig) -> None:
         )
     if not 0 <= dataset.max_bad_share <= 1:
         raise ConfigError(f"dataset.max_bad_share={dataset.max_bad_share}: give a share in 0..1")
+    if dataset.recall is not None and dataset.recall <= 0:
+        raise ConfigError(f"dataset.recall={dataset.recall}: give a positive scale, such as 20, or null for no recall")
     if sum(dataset.shares.values()) >= 1 or min(dataset.shares.values(), default=0) < 0:
         raise ConfigError(
             f"dataset.shares={dict(dataset.shares)}: give positive shares with a sum below 1; the rest is for training"

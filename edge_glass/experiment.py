@@ -1,5 +1,6 @@
 """The parts of a run, built from its config: data first, since it fails fastest, then the task."""
 
+import math
 import os
 from collections.abc import Iterator
 from copy import copy
@@ -157,9 +158,8 @@ def prepare_captions(model: MultimodalAlignmentModel, tables: list[Rows], recall
         ConfigError: a whitened projection of another modality, or recall of captions whose embeddings will change in
             training.
     """
-    trained = [name for name, tower in model.towers.items() if name != "text"]
-    for name in trained:
-        if isinstance(model.towers.get_submodule(name).projection, WhitenedProjection):
+    for name, other in model.towers.items():
+        if name != "text" and isinstance(other.get_submodule("projection"), WhitenedProjection):
             raise ConfigError(
                 f"encoder.{name}.projection is whitened, which is fitted to captions: only the text tower can have it; "
                 f"give projection@encoder.{name}.projection=matryoshka"
@@ -173,16 +173,15 @@ def prepare_captions(model: MultimodalAlignmentModel, tables: list[Rows], recall
             f"dataset.recall={recall} keeps the captions' embeddings, but the text tower is trained: give "
             "dataset.recall=null, or a frozen text tower with projection@encoder.text.projection=whitened"
         )
-    whitened = isinstance(tower.projection, WhitenedProjection)
-    if recall is None and not whitened:
+    whitened = tower.projection if isinstance(tower.projection, WhitenedProjection) else None
+    if recall is None and whitened is None:
         return
     captions = sorted({text for rows in tables for text in rows.column("text")})
-    captions = captions[:: max(1, len(captions) // MOST_CAPTIONS)]
+    captions = captions[:: math.ceil(len(captions) / MOST_CAPTIONS)]
     with torch.no_grad():
-        parts = [tower.features(captions[start : start + 64]) for start in range(0, len(captions), 64)]
-        features = torch.cat(parts)
-        if isinstance(tower.projection, WhitenedProjection):
-            tower.projection.fit(features)
+        features = torch.cat([tower.features(captions[start : start + 64]) for start in range(0, len(captions), 64)])
+        if whitened is not None:
+            whitened.fit(features)
         if recall is not None:
             model.recall = CaptionRecall(tower.projection(features), recall)
 

@@ -113,6 +113,8 @@ def test_the_space_is_written_once_and_reaches_every_tower_and_the_loss():
         (["encoder.dim=300"], ["encoder.widths=[", "encoder.dim=300", "[300, 150]"]),
         (["encoder.widths=[256,0]"], ["encoder.widths=[256, 0]", "positive"]),
         (["encoder.widths=[256,64,64]"], ["encoder.widths=[256, 64, 64]", "distinct"]),
+        (["dataset.recall=0"], ["dataset.recall=0.0", "positive", "null"]),
+        (["optimization.negative_captions=-1"], ["optimization.negative_captions=-1"]),
         (["encoder.widths=[]"], ["encoder.widths=[]"]),
         (["encoder.widths=wide"], ["encoder.widths=wide"]),
         (["objective.widths=[9999]"], ["objective.widths=[9999]", "encoder.dim="]),

@@ -13,6 +13,7 @@ from edge_glass import launch
 from edge_glass.config import load_config, to_experiment
 from edge_glass.data.rows import data_hash, read_tables
 from edge_glass.errors import UserError
+from edge_glass.experiment import build_experiment
 from edge_glass.results import evaluate_folder
 from edge_glass.training.checkpoints import CheckpointError, Checkpoints
 from edge_glass.training.loop import Trainer
@@ -432,3 +433,14 @@ def test_a_value_that_the_optimizer_refuses_is_one_message_and_leaves_nothing(st
     with pytest.raises(UserError, match=r"AdamW: Invalid learning rate: -1"):
         start(tmp_path / "run", "optimization.optimizer.lr=-1")
     assert not (tmp_path / "run").exists()
+
+
+def test_training_batches_bring_captions_of_every_other_concept_along(mini_data, text_tower):
+    def captions_of(count: int):
+        built = build_experiment(mini.experiment(mini_data, text_tower, f"optimization.negative_captions={count}"))
+        batch = next(built.training_batches()(0))
+        return batch, batch.ids()["text"].tolist()
+
+    batch, ids = captions_of(1000)
+    assert len(batch.extra_text) > 0 and not set(ids[8:]) & set(ids[:8]) and len(ids) == 8 + len(batch.extra_text)
+    assert captions_of(0)[1] == batch.concept_ids.tolist()

@@ -17,6 +17,7 @@ from edge_glass.models.alignment import (
 from edge_glass.models.perceiver import PerceiverResampler
 from edge_glass.models.pooling import SegmentPool
 from edge_glass.models.projection import MatryoshkaProjection, ProjectionHead
+from edge_glass.models.recall import CaptionRecall
 
 EMBEDDING = 8
 
@@ -193,3 +194,20 @@ def test_the_parameter_table_is_printed_in_aligned_columns():
         "text.encoder  22,713,216          0",
         "total         22,713,300         84",
     ]
+
+
+def test_recall_draws_pictures_and_sounds_to_the_captions_in_evaluation_alone():
+    whole, samples = model(*ALL).eval(), batch(*ALL)
+    with torch.no_grad():
+        plain = whole(samples)
+        whole.recall = CaptionRecall(plain["text"], 20.0)
+        recalled = whole(samples)
+        for name in ("image", "audio"):
+            torch.testing.assert_close(recalled[name], whole.recall(plain[name]))
+            assert not torch.allclose(recalled[name], plain[name])
+        torch.testing.assert_close(recalled["text"], plain["text"])
+        torch.manual_seed(0)
+        trained = whole.train()(samples)
+        whole.recall = None
+        torch.manual_seed(0)
+        assert torch.equal(whole(samples)["audio"], trained["audio"])
