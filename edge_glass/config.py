@@ -147,6 +147,7 @@ class LaunchConfig:
 
     nproc_per_node: int = 1
     threads: int | None = None
+    timeout_minutes: float = 30.0
 
 
 @dataclass
@@ -249,6 +250,8 @@ def check(config: DictConfig) -> None:
     ):
         if value < least:
             raise ConfigError(f"{key}={value}: give a whole number of at least {least}")
+    if config.launch.timeout_minutes <= 0:
+        raise ConfigError(f"launch.timeout_minutes={config.launch.timeout_minutes}: give a positive number of minutes")
     if training.max_seconds is not None and training.max_seconds <= 0:
         raise ConfigError(f"training.max_seconds={training.max_seconds}: give a positive number of seconds, or null")
     if training.test_checkpoint not in ("last", "best"):

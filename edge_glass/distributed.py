@@ -3,13 +3,19 @@
 Everything here is a no-op in a single process, so that no caller has to ask whether there are ranks.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# Where ranks that `launch.py` started meet; ranks of an outer launcher meet at MASTER_ADDR and MASTER_PORT.
+RENDEZVOUS = "EDGE_GLASS_RENDEZVOUS"
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -37,6 +43,33 @@ def current_ranks() -> Ranks:
     else:
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     return Ranks(rank, rank if local_rank is None else int(local_rank), world_size)
+
+
+@contextlib.contextmanager
+def connected_ranks(timeout_minutes: float = 30.0) -> Iterator[None]:
+    """This rank's place in its world, given up at the end; nothing in a process that is alone.
+
+    Args:
+        timeout_minutes: how long a rank waits for the others in a collective before it gives up.
+    """
+    ranks = current_ranks()
+    if ranks.world_size == 1 and "RANK" not in os.environ:
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",  # numbers that a host needs at once never wait for the GPU
+        init_method=os.environ.get(RENDEZVOUS, "env://"),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timedelta(minutes=timeout_minutes),
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def is_main() -> bool:
@@ -68,10 +101,7 @@ def all_mean(value: Number) -> Number:
     """The mean over ranks of a number or tensor, without gradient; the same type comes back."""
     if not _in_a_world():
         return value.detach() if isinstance(value, Tensor) else value
-    if isinstance(value, Tensor):
-        total = value.detach().clone()
-    else:
-        total = torch.tensor(value, dtype=torch.float64, device=_collective_device())
+    total = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(total)
     mean = total / dist.get_world_size()
     return mean if isinstance(value, Tensor) else mean.item()
@@ -127,8 +157,3 @@ def _in_a_world() -> bool:
             "each would train alone; call torch.distributed.init_process_group() first, or unset WORLD_SIZE"
         )
     return several
-
-
-def _collective_device() -> torch.device:
-    """NCCL moves only what lies on the GPU."""
-    return torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")

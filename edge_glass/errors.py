@@ -1,4 +1,6 @@
-"""The error that is meant for the person at the keyboard."""
+"""The errors that are meant for the person at the keyboard."""
+
+RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again
 
 
 class UserError(Exception):
@@ -6,3 +8,13 @@ class UserError(Exception):
 
     Commands print the message alone, without a traceback, and exit with a code that is not 0.
     """
+
+
+class Stopped(SystemExit):
+    """A run was told to stop and has saved itself first; the command exits with `RESUMABLE`.
+
+    Not an `Exception`: it ends a sweep too, instead of being one more failed job.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(RESUMABLE)

@@ -1,10 +1,7 @@
 """One run, from its config to its report; what every rank executes."""
 
-import contextlib
 import logging
-import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ from omegaconf import OmegaConf
 
 from edge_glass.config import save_config, to_experiment
 from edge_glass.data.rows import data_hash
-from edge_glass.distributed import barrier, current_ranks
+from edge_glass.distributed import barrier, connected_ranks, current_ranks
 from edge_glass.experiment import Experiment, build, build_experiment, choose_precision, plain, set_threads
 from edge_glass.models.alignment import format_parameter_table, parameter_table
 from edge_glass.results import evaluate_run, validation_figures
@@ -44,8 +41,10 @@ def fit(config: dict[str, Any], run_dir: str) -> float | None:
         UserError: for everything that the user can mend.
     """
     experiment_config = to_experiment(OmegaConf.create(config))
+    level = logging.INFO if current_ranks().rank == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
     set_threads(experiment_config)
-    with connected_ranks():
+    with connected_ranks(experiment_config.launch.timeout_minutes):
         experiment = build_experiment(experiment_config)
         return Run(experiment, Path(run_dir)).run()
 
@@ -186,20 +185,3 @@ def on_all_ranks(skipped: dict[str, str]) -> dict[str, str]:
         gathered *= world_size
         dist.all_gather_object(gathered, skipped)
     return {sample: reason for part in gathered for sample, reason in part.items()}
-
-
-@contextlib.contextmanager
-def connected_ranks() -> Iterator[None]:
-    """This rank's place in its world, given up at the end."""
-    ranks = current_ranks()
-    logging.basicConfig(level=logging.INFO if ranks.rank == 0 else logging.ERROR, format="%(levelname)s: %(message)s")
-    if ranks.world_size == 1 and "RANK" not in os.environ:
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
