@@ -23,7 +23,7 @@ def main(config: DictConfig) -> float | None:
     job = HydraConfig.get()
     run_dir = Path(job.runtime.output_dir)
     try:
-        if config.training.resume:
+        if config.training.resume not in (None, "auto"):
             config, run_dir = resumed(config.training.resume, list(job.overrides.task))
         experiment = to_experiment(config)
         check_targets(OmegaConf.to_container(experiment))

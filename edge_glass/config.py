@@ -4,6 +4,7 @@
 `signatures.py`.
 """
 
+import os
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
@@ -103,6 +104,8 @@ class OptimizationConfig:
     optimizer: Any = None
     scheduler: Any = None
     clip_norm: float | None = None
+    average: float | None = None
+    max_nonfinite: int = 20
 
 
 @dataclass
@@ -114,12 +117,13 @@ class TrainingConfig:
     eval_every: int = MISSING
     save_every: int = MISSING
     log_every: int = 10
-    keep_last: int = 1
+    keep_last: int = 2
     monitor: str | None = None
     test_checkpoint: str = "last"
     precision: Precision = Precision.auto
     device: str = "auto"
     workers: int = 0
+    deterministic: bool = False
     resume: str | None = None
 
 
@@ -197,8 +201,10 @@ def load_config(path: str | Path) -> DictConfig:
 
 
 def save_config(config: DictConfig, path: str | Path) -> None:
-    """Write a config as YAML that `load_config` reads back equal."""
-    Path(path).write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
+    """Write a config as YAML that `load_config` reads back equal; whole or not at all."""
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    temporary.write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def modalities(config: DictConfig) -> list[str]:
@@ -240,6 +246,7 @@ def check(config: DictConfig) -> None:
         ("optimization.batch_size", optimization.batch_size, 2),
         ("optimization.accumulation", optimization.accumulation, 1),
         ("optimization.negative_captions", optimization.negative_captions, 0),
+        ("optimization.max_nonfinite", optimization.max_nonfinite, 0),
         ("training.max_steps", training.max_steps, 1),
         ("training.eval_every", training.eval_every, 1),
         ("training.save_every", training.save_every, 1),
@@ -254,6 +261,10 @@ def check(config: DictConfig) -> None:
         raise ConfigError(f"launch.timeout_minutes={config.launch.timeout_minutes}: give a positive number of minutes")
     if training.max_seconds is not None and training.max_seconds <= 0:
         raise ConfigError(f"training.max_seconds={training.max_seconds}: give a positive number of seconds, or null")
+    if optimization.average is not None and not 0 < optimization.average < 1:
+        raise ConfigError(
+            f"optimization.average={optimization.average}: give a decay between 0 and 1, such as 0.999, or null"
+        )
     if training.test_checkpoint not in ("last", "best"):
         raise ConfigError(f"training.test_checkpoint={training.test_checkpoint!r}: give 'last' or 'best'")
     if training.test_checkpoint == "best" and training.monitor is None:

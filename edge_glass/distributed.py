@@ -5,19 +5,22 @@ Everything here is a no-op in a single process, so that no caller has to ask whe
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from edge_glass.errors import UserError
+
 # Where ranks that `launch.py` started meet; ranks of an outer launcher meet at MASTER_ADDR and MASTER_PORT.
 RENDEZVOUS = "EDGE_GLASS_RENDEZVOUS"
 
 Number = TypeVar("Number", float, Tensor)
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,19 @@ def current_ranks() -> Ranks:
     return Ranks(rank, rank if local_rank is None else int(local_rank), world_size)
 
 
+class LostRank(UserError):
+    """Another rank has died or does not answer."""
+
+
 @contextlib.contextmanager
 def connected_ranks(timeout_minutes: float = 30.0) -> Iterator[None]:
     """This rank's place in its world, given up at the end; nothing in a process that is alone.
 
     Args:
         timeout_minutes: how long a rank waits for the others in a collective before it gives up.
+
+    Raises:
+        LostRank: instead of what a collective raises when a rank has died or hangs.
     """
     ranks = current_ranks()
     if ranks.world_size == 1 and "RANK" not in os.environ:
@@ -66,8 +76,13 @@ def connected_ranks(timeout_minutes: float = 30.0) -> Iterator[None]:
         world_size=ranks.world_size,
         timeout=timedelta(minutes=timeout_minutes),
     )
+    roll_call = dist.new_group(backend="gloo")  # never used while all is well, so that it works when nothing else does
     try:
         yield
+    except RuntimeError as error:
+        if not _of_a_lost_rank(error):
+            raise
+        raise LostRank(_missing(roll_call, error)) from error
     finally:
         dist.destroy_process_group()
 
@@ -105,6 +120,44 @@ def all_mean(value: Number) -> Number:
     dist.all_reduce(total)
     mean = total / dist.get_world_size()
     return mean if isinstance(value, Tensor) else mean.item()
+
+
+def all_sum(values: list[float]) -> list[float]:
+    """The sum over ranks of each number."""
+    if not _in_a_world():
+        return values
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def all_objects(value: Item) -> list[Item]:
+    """The value of every rank, in rank order; any that pickle can carry."""
+    if not _in_a_world():
+        return [value]
+    gathered: list[Item] = [value] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def decided_by_main(decide: Callable[[], Item]) -> Item:
+    """What `decide` gives on the first rank, on every rank; its error for the user, too.
+
+    For what is read from a disk that other ranks may see at another moment: ranks that decide for themselves may
+    decide differently.
+    """
+    if not _in_a_world():
+        return decide()
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = decide()
+        except UserError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
 
 
 def barrier() -> None:
@@ -157,3 +210,24 @@ def _in_a_world() -> bool:
             "each would train alone; call torch.distributed.init_process_group() first, or unset WORLD_SIZE"
         )
     return several
+
+
+def _of_a_lost_rank(error: RuntimeError) -> bool:
+    """True for what gloo and NCCL raise when another rank has gone or does not answer."""
+    words = ("gloo", "Timed out", "timeout", "Connection", "NCCL")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+def _missing(roll_call: Any, error: RuntimeError) -> str:
+    """Which ranks do not answer any more, by asking them all."""
+    ranks = current_ranks()
+    reason = str(error).splitlines()[0]
+    try:
+        dist.monitored_barrier(roll_call, timeout=timedelta(seconds=10), wait_all_ranks=True)
+    except RuntimeError as asked:
+        reason = f"{str(asked).splitlines()[0]}; first: {reason}"
+    return (
+        f"rank {ranks.rank} of {ranks.world_size} waited in vain for the others: one has died, hangs, or evaluates for "
+        f"longer than launch.timeout_minutes ({reason}). The run goes on from its newest checkpoint with "
+        "training.resume=<its folder>"
+    )

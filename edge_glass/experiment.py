@@ -64,15 +64,14 @@ class Experiment:
         conditions = plain(self.config.dataset.where)
         return {name: rows.where(conditions) for name, rows in self.tables.items()}
 
-    def training_batches(self) -> "TrainingBatches":
-        """The training batches of this rank."""
+    def training_batches(self, samples: int) -> "TrainingBatches":
+        """The training batches of this rank, of `samples` samples each."""
         dataset = build(
             self.config.dataset.train, rows=self.training_rows(), decoding=self.decoding, seed=self.config.seed
         )
-        collate, optimization = copy(self.collate), self.config.optimization
-        samples = optimization.batch_size * optimization.accumulation
-        collate.negative_captions = dataset.negative_captions(optimization.negative_captions, samples)
-        return TrainingBatches(dataset, collate, self.config, pin_memory=self.device.type == "cuda")
+        collate = copy(self.collate)
+        collate.negative_captions = dataset.negative_captions(self.config.optimization.negative_captions, samples)
+        return TrainingBatches(dataset, collate, samples, self.config, pin_memory=self.device.type == "cuda")
 
 
 class TrainingBatches:
@@ -81,16 +80,16 @@ class TrainingBatches:
     Args:
         dataset: indexed by (epoch, place).
         collate: samples to a batch.
+        samples: a batch of this rank.
         config: of the run.
         pin_memory: for a GPU.
     """
 
-    def __init__(self, dataset: Any, collate: Collate, config: DictConfig, pin_memory: bool):
+    def __init__(self, dataset: Any, collate: Collate, samples: int, config: DictConfig, pin_memory: bool):
         ranks = current_ranks()
         self.dataset, self.collate, self.pin_memory = dataset, collate, pin_memory
         self.workers = config.training.workers
-        size = config.optimization.batch_size * config.optimization.accumulation
-        self.order = EpochBatches(len(dataset), size, config.seed, ranks.rank, ranks.world_size)
+        self.order = EpochBatches(len(dataset), samples, config.seed, ranks.rank, ranks.world_size)
 
     @property
     def epoch_length(self) -> int:

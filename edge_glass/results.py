@@ -21,7 +21,7 @@ from edge_glass.reports.figures import Card, Found, retrieval_gallery
 from edge_glass.reports.report import FIGURES, terminal_table, write_report
 from edge_glass.runs import CONFIG, SUMMARY, read_json, write_json
 from edge_glass.tasks import AlignmentTask
-from edge_glass.training.checkpoints import Checkpoints, load_weights
+from edge_glass.training.checkpoints import Checkpoints, judged_weights, load_weights
 
 WORDS = {"image": "drawing", "audio": "speech", "text": "name"}
 BASELINES = {"image": "nearest_pixels", "audio": "nearest_log_mel"}
@@ -116,7 +116,7 @@ def evaluate_folder(folder: str, checkpoint: str = "last", device: str = "auto")
     config = load_config(run_dir / CONFIG)
     config.training.device = device
     experiment = build_experiment(config)
-    load_weights(experiment.task, weights)
+    load_weights(experiment.task, weights, judged_weights(weights))
     path = run_dir / SUMMARY
     summary = read_json(path) if path.is_file() else {"name": config.name}
     view = config.dataset.validation_view

@@ -14,7 +14,9 @@ from edge_glass.config import ConfigError
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+NONFINITE = "nonfinite.json"  # the samples at which loss or gradient stayed no number
 CHECKPOINTS = "checkpoints"
+FREE_GROUPS = ("logger", "launch")  # a run may go on with other values of these and is still the same run
 
 
 def resumed(folder: str, overrides: list[str]) -> tuple[DictConfig, Path]:
@@ -35,9 +37,10 @@ def resumed(folder: str, overrides: list[str]) -> tuple[DictConfig, Path]:
         )
     config = OmegaConf.load(run_dir / CONFIG)
     assert isinstance(config, DictConfig)
+    config.training.resume = folder
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
-        if key.split(".")[0] not in ("training", "logger", "launch"):
+        if key.split(".")[0] not in ("training", *FREE_GROUPS):
             raise ConfigError(
                 f"{override}: a resumed run keeps its own config ({run_dir / CONFIG}); only training.*, logger.* and "
                 "launch.* may change. Leave training.resume out to start a new run"
@@ -52,6 +55,37 @@ def resumed(folder: str, overrides: list[str]) -> tuple[DictConfig, Path]:
         except OmegaConfBaseException as error:
             raise ConfigError(f"{override}: {str(error).splitlines()[0]}") from error
     return config, run_dir
+
+
+def holds_run(folder: Path) -> bool:
+    """True for a folder in which a run has begun."""
+    return (folder / CONFIG).is_file()
+
+
+def is_finished(folder: Path) -> bool:
+    """True for a run that was trained to its end and evaluated."""
+    path = folder / SUMMARY
+    return path.is_file() and "metrics" in read_json(path)
+
+
+def differences(old: DictConfig, new: DictConfig) -> list[str]:
+    """What makes two configs different runs, as `key: old -> new`; where figures go and who computes does not."""
+    before, after = _flat(old), _flat(new)
+    return [
+        f"{key}: {before.get(key, 'not there')} -> {after.get(key, 'not there')}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key) and key != "training.resume" and key.split(".")[0] not in FREE_GROUPS
+    ]
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(node, DictConfig):
+        node = OmegaConf.to_container(node, resolve=True, enum_to_str=True)
+    if not isinstance(node, dict) or not node:
+        return {prefix: node}
+    return {
+        key: value for name, part in node.items() for key, value in _flat(part, f"{prefix}.{name}".lstrip(".")).items()
+    }
 
 
 def discard_if_empty(folder: Path) -> None:
@@ -87,8 +121,8 @@ def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
 
 
 def keep_metrics_until(run_dir: Path, step: int) -> None:
-    """Forget the rows after `step`: a resumed run writes them again."""
-    rows = [row for row in read_metrics(run_dir) if row.get("step", 0) <= step]
+    """Forget the rows after `step`, and its evaluation: a resumed run writes them again."""
+    rows = [row for row in read_metrics(run_dir) if row["step"] + (row["kind"] == "eval") <= step]
     temporary = run_dir / f".{METRICS}.tmp"
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(temporary, run_dir / METRICS)

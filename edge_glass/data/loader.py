@@ -1,6 +1,7 @@
 """Samples to batches: which rows, in which order, put together how."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -123,14 +124,16 @@ def training_loader(
         collate_fn=collate,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread if workers else None,
+        worker_init_fn=_as_worker if workers else None,
         persistent_workers=workers > 0,
         prefetch_factor=2 if workers else None,
     )
 
 
-def _one_thread(_: int) -> None:
+def _as_worker(_: int) -> None:
     torch.set_num_threads(1)  # workers beside a training process: two threads each would fight over the cores
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # a cluster may tell every process; the training one saves and ends them
 
 
 class EvaluationBatches:

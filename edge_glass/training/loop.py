@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -20,12 +19,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from edge_glass.data.batch import Batch, SkippedRow
-from edge_glass.distributed import all_mean, barrier, current_ranks
+from edge_glass.distributed import all_mean, all_objects, all_sum, barrier, current_ranks
 from edge_glass.errors import UserError
 from edge_glass.tasks import AlignmentTask
 from edge_glass.training.accumulation import accumulate_exact
+from edge_glass.training.average import WeightAverage
 from edge_glass.training.checkpoints import Checkpoints
 from edge_glass.training.logs import Sink
+from edge_glass.training.signals import StopSignals
 
 log = logging.getLogger(__name__)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,9 +36,21 @@ class TrainingError(UserError):
     """A run that cannot go on, for a reason in the data or the settings."""
 
 
+class NotFinite(TrainingError):
+    """Loss or gradient stay no finite number.
+
+    Attributes:
+        sample_ids: of the last batch, over all ranks.
+    """
+
+    def __init__(self, message: str, sample_ids: list[str]):
+        super().__init__(message)
+        self.sample_ids = sample_ids
+
+
 @dataclass
 class Limits:
-    """How long a run lasts and how often it looks up.
+    """How long a run lasts, how often it looks up, and what it bears.
 
     Attributes:
         max_steps: optimizer steps.
@@ -67,6 +80,7 @@ class Progress:
         seconds: training time, evaluations not counted, over all parts of a resumed run.
         samples: samples met, over all ranks.
         nonfinite_steps: steps that were left out.
+        nonfinite_in_a_row: how many of them were the last ones.
         skipped: undecodable rows that were met and replaced on this rank, sample id -> reason.
         skips: how often that happened, over all ranks.
     """
@@ -75,8 +89,26 @@ class Progress:
     seconds: float = 0.0
     samples: int = 0
     nonfinite_steps: int = 0
+    nonfinite_in_a_row: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
     skips: int = 0
+
+
+@dataclass
+class Vote:
+    """What the ranks have to agree on in each step, summed over them.
+
+    Attributes:
+        skipped: rows of this batch that could not be decoded.
+        nonfinite: ranks whose loss or gradient is no finite number.
+        out_of_time: ranks whose time is up; their clocks differ a little.
+        told_to_stop: ranks that got a signal; a cluster may tell the first one only.
+    """
+
+    skipped: float = 0.0
+    nonfinite: float = 0.0
+    out_of_time: float = 0.0
+    told_to_stop: float = 0.0
 
 
 class Trainer:
@@ -96,6 +128,8 @@ class Trainer:
         monitor: the validation figure, higher is better, that names the best checkpoint.
         checkpoints: where to save; None saves nothing.
         sinks: where figures go; only rank 0 has any.
+        average: averaged weights, which are evaluated in place of the trained ones.
+        signals: tell the loop to stop; the ranks stop together, after a step and a checkpoint.
     """
 
     def __init__(
@@ -113,6 +147,8 @@ class Trainer:
         monitor: str | None = None,
         checkpoints: Checkpoints | None = None,
         sinks: list[Sink] | None = None,
+        average: WeightAverage | None = None,
+        signals: StopSignals | None = None,
     ):
         self.ranks = current_ranks()
         self.task = task
@@ -135,13 +171,15 @@ class Trainer:
         self.monitor = monitor
         self.checkpoints = checkpoints
         self.sinks = sinks or []
+        self.average = average
+        self.signals = signals or StopSignals()
         self.progress = Progress()
         self.parameters = [p for p in task.parameters() if p.requires_grad]
         self._recent: list[dict[str, Tensor]] = []
-        self._nonfinite_in_a_row: list[list[str]] = []
+        self._began = time.monotonic()
 
     def run(self) -> str:
-        """Train; returns what ended the run: `max_steps` or `max_seconds`.
+        """Train; returns what ended the run: `max_steps`, `max_seconds` or `signal`.
 
         Raises:
             TrainingError: too many undecodable rows, or a loss that stays no number.
@@ -151,19 +189,20 @@ class Trainer:
             total=limits.max_steps, initial=progress.step, unit="step", disable=self.ranks.rank != 0, desc="train"
         )
         batches = self.batches(progress.step)
+        if progress.step and self._evaluates(progress.step):
+            self._validate(bar)  # the process that saved this step may not have come to it
         earlier = progress.seconds
-        began = time.monotonic()
+        self._began = began = time.monotonic()
         away = 0.0  # evaluating and saving: not the speed of training
         last_log, last_samples = began, progress.samples
         stopped_by = "max_steps"
         self.task.train()
         while progress.step < limits.max_steps:
-            figures = self._step(next(batches))
+            figures, vote = self._step(next(batches))
             progress.step += 1
             progress.seconds = earlier + time.monotonic() - began - away
             self._recent.append(figures)
-            out_of_time = self._out_of_time(time.monotonic() - began)
-            done = out_of_time or progress.step == limits.max_steps
+            done = bool(vote.out_of_time) or progress.step == limits.max_steps
             if progress.step % limits.log_every == 0 or done:
                 now = time.monotonic()
                 speed = (progress.samples - last_samples) / max(now - last_log, 1e-9)
@@ -172,49 +211,62 @@ class Trainer:
                 last_log, last_samples = now, progress.samples
             bar.update()
             pause = time.monotonic()
-            if progress.step % limits.eval_every == 0 or done:
-                self._validate(bar)
-            elif progress.step % limits.save_every == 0:
+            stop = bool(vote.told_to_stop) and not done
+            if progress.step % limits.save_every == 0 or self._evaluates(progress.step) or done or stop:
                 self.save()
+            if (self._evaluates(progress.step) or done) and not stop:  # a run that goes on makes up for it
+                self._validate(bar)
             paused = time.monotonic() - pause
             away, last_log = away + paused, last_log + paused
-            if out_of_time:
-                stopped_by = "max_seconds"
+            if done or stop:
+                stopped_by = "signal" if stop else "max_seconds" if vote.out_of_time else "max_steps"
                 break
         bar.close()
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
         return stopped_by
 
     def save(self) -> None:
         """Write a checkpoint of this moment; every rank must call it."""
-        random_states = [_random_state()]
-        if self.ranks.world_size > 1:
-            gathered: list[Any] = [None] * self.ranks.world_size
-            dist.all_gather_object(gathered, random_states[0])
-            random_states = gathered
-        if self.checkpoints is not None and self.ranks.rank == 0:
-            self.checkpoints.save(
-                self.progress.step,
-                self.task,
-                {
-                    "optimizer": self.optimizer.state_dict(),
-                    "scheduler": self.scheduler.state_dict(),
-                    "scaler": self.scaler.state_dict(),
-                    "progress": vars(self.progress),
-                    "random_states": random_states,
-                },
-            )
+        mine = {
+            "random": _random_state(),
+            "recent": [{name: value.cpu() for name, value in figures.items()} for figures in self._recent],
+            "skipped": self.progress.skipped,
+        }
+        ranks = all_objects(mine)
+        if self.checkpoints is None or self.ranks.rank != 0:
+            return
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": vars(self.progress),
+            "ranks": ranks,
+        }
+        average = None if self.average is None else self.average.weights
+        self.checkpoints.save(self.progress.step, self.task, state, average)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `save` wrote (the weights aside)."""
+        """Go on from what `save` wrote (the weights aside).
+
+        With as many ranks as wrote it, each takes up its own random numbers, and the run is the one that was not
+        stopped. With more or fewer they start anew.
+        """
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
-        if len(state["random_states"]) == self.ranks.world_size:
-            _restore_random_state(state["random_states"][self.ranks.rank])
+        ranks = state["ranks"]
+        same = len(ranks) == self.ranks.world_size
+        mine = ranks[self.ranks.rank if same else 0]
+        self._recent = [{name: value.to(self.device) for name, value in row.items()} for row in mine["recent"]]
+        if same:
+            self.progress.skipped = mine["skipped"]
+            _restore_random_state(mine["random"])
+        else:  # known to all, counted once
+            self.progress.skipped = {sample: reason for rank in ranks for sample, reason in rank["skipped"].items()}
 
-    def _step(self, batch: Batch) -> dict[str, Tensor]:
-        self._count_skipped(batch)
+    def _step(self, batch: Batch) -> tuple[dict[str, Tensor], Vote]:
         micro_batches = [part.to(self.device) for part in batch.split(self.accumulation)]
         self.optimizer.zero_grad(set_to_none=True)
         buffers = [buffer.clone() for buffer in self.task.buffers()]
@@ -226,15 +278,28 @@ class Trainer:
         )
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-        # Gradients are averaged over ranks, so all ranks see the same norm and decide alike.
-        if bool(torch.isfinite(norm)):
-            self.scaler.step(self.optimizer)
-            self._nonfinite_in_a_row.clear()
-        else:
+        finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
+        vote = self._vote(len(batch.skipped), finite)
+        self._count_skipped(batch, round(vote.skipped))
+        if vote.nonfinite:
             self._leave_out(batch, loss, buffers)
+        else:
+            self.scaler.step(self.optimizer)
+            self.scheduler.step()
+            self.progress.nonfinite_in_a_row = 0
+            if self.average is not None:
+                self.average.update()
         self.scaler.update()
-        self.scheduler.step()
-        return {"loss": loss, **figures, "gradient_norm": norm}
+        return {"loss": loss, **figures, "gradient_norm": norm}, vote
+
+    def _vote(self, skipped: int, finite: bool) -> Vote:
+        limit = self.limits.max_seconds
+        out_of_time = limit is not None and time.monotonic() - self._began >= limit
+        mine = Vote(skipped, not finite, out_of_time, self.signals.received is not None)
+        return Vote(*all_sum([float(value) for value in vars(mine).values()]))
+
+    def _evaluates(self, step: int) -> bool:
+        return step % self.limits.eval_every == 0 or step == self.limits.max_steps
 
     def _autocast(self) -> AbstractContextManager:
         if self.precision == "fp32":
@@ -246,27 +311,29 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.task.buffers(), buffers, strict=True):
             buffer.copy_(before)  # running statistics would never forget a NaN
-        self.progress.nonfinite_steps += 1
-        self._nonfinite_in_a_row.append(batch.sample_ids)
-        if len(self._nonfinite_in_a_row) <= self.limits.max_nonfinite:
+        progress = self.progress
+        progress.nonfinite_steps += 1
+        progress.nonfinite_in_a_row += 1
+        if progress.nonfinite_in_a_row <= self.limits.max_nonfinite:
             log.warning(
                 "step %d left out: loss %s, gradient not finite (%d such steps so far)",
-                self.progress.step + 1,
+                progress.step + 1,
                 float(loss),
-                self.progress.nonfinite_steps,
+                progress.nonfinite_steps,
             )
             return
-        raise TrainingError(
-            f"the gradient was no finite number {len(self._nonfinite_in_a_row)} steps in a row (loss {float(loss)}); "
-            "lower optimization.optimizer.lr or set optimization.clip_norm. The last batch held "
-            f"{batch.sample_ids[:8]} ..."
+        ids = [sample for of_rank in all_objects(batch.sample_ids) for sample in of_rank]
+        raise NotFinite(
+            f"loss or gradient was no finite number {progress.nonfinite_in_a_row} steps in a row (loss {float(loss)}); "
+            "lower optimization.optimizer.lr or set optimization.clip_norm, or look at the samples of the last batch: "
+            f"{ids[:8]} ...",
+            ids,
         )
 
-    def _count_skipped(self, batch: Batch) -> None:
+    def _count_skipped(self, batch: Batch, skips: int) -> None:
         progress = self.progress
-        skips = all_mean(float(len(batch.skipped))) * self.ranks.world_size
         progress.samples += len(batch) * self.ranks.world_size
-        progress.skips += round(skips)
+        progress.skips += skips
         progress.skipped |= {row.sample_id: row.reason for row in batch.skipped}
         # A share of what was met so far; the first batches are too few to judge by unless they are very bad.
         allowed = self.limits.max_bad_share * max(progress.samples, 1000)
@@ -295,9 +362,9 @@ class Trainer:
         return written
 
     def _validate(self, bar: tqdm) -> None:
-        self.save()
         if self.evaluate is not None and self.ranks.rank == 0:
-            figures = self.evaluate(self.task)
+            with self.average.in_place() if self.average is not None else nullcontext():
+                figures = self.evaluate(self.task)
             for sink in self.sinks:
                 sink.write({"kind": "eval", "step": self.progress.step, **figures})
             if self.monitor is not None and self.checkpoints is not None:
@@ -314,12 +381,6 @@ class Trainer:
         if better:
             self.checkpoints.mark_best(self.progress.step, monitor, figures[monitor])
         bar.write(f"step {self.progress.step}: {monitor} {figures[monitor]:.3f}" + (" (best so far)" if better else ""))
-
-    def _out_of_time(self, seconds: float) -> bool:
-        if self.limits.max_seconds is None:
-            return False
-        # Ranks' clocks differ by a little; they must agree on the step at which they stop.
-        return all_mean(float(seconds >= self.limits.max_seconds)) > 0
 
 
 def describe_skipped(rows: list[SkippedRow], most: int = 20) -> str:

@@ -300,7 +300,7 @@ def test_a_checkpoint_carries_the_random_states(tmp_path):
     trainer.save()
     expected = draws()
     draws()
-    trainer.restore(load_state(Checkpoints(tmp_path).find("last")))
+    trainer.restore(load_state(trainer.checkpoints.find("last")))
     assert draws() == expected
 
 
