@@ -82,7 +82,7 @@ def connected_ranks(timeout_minutes: float = 30.0) -> Iterator[None]:
     except RuntimeError as error:
         if not _of_a_lost_rank(error):
             raise
-        raise LostRank(_missing(roll_call, error)) from error
+        raise _lost(roll_call, error) from error
     finally:
         dist.destroy_process_group()
 
@@ -218,16 +218,28 @@ def _of_a_lost_rank(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
-def _missing(roll_call: Any, error: RuntimeError) -> str:
-    """Which ranks do not answer any more, by asking them all."""
-    ranks = current_ranks()
-    reason = str(error).splitlines()[0]
-    try:
-        dist.monitored_barrier(roll_call, timeout=timedelta(seconds=10), wait_all_ranks=True)
-    except RuntimeError as asked:
-        reason = f"{str(asked).splitlines()[0]}; first: {reason}"
-    return (
-        f"rank {ranks.rank} of {ranks.world_size} waited in vain for the others: one has died, hangs, or evaluates for "
-        f"longer than launch.timeout_minutes ({reason}). The run goes on from its newest checkpoint with "
-        "training.resume=<its folder>"
+def _lost(roll_call: Any, error: RuntimeError) -> LostRank:
+    """The error for the user, with the ranks that do not answer any more."""
+    missing = _missing(roll_call)
+    who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}" if missing else "a rank"
+    return LostRank(
+        f"{who} of {dist.get_world_size()} died, hangs, or evaluates for longer than launch.timeout_minutes: rank "
+        f"{dist.get_rank()} waited in vain ({str(error).splitlines()[0]}). It can go on from its newest checkpoint "
+        "with training.resume=<its folder>"
     )
+
+
+def _missing(roll_call: Any) -> list[int]:
+    """Ranks that do not answer within seconds: rank 0 asks all the others, and they only whether it is there."""
+    patience = timedelta(seconds=5)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    missing = []
+    for other in range(1, world_size) if rank == 0 else [0]:
+        try:
+            dist.isend(torch.zeros(1), other, group=roll_call)
+            request = dist.irecv(torch.zeros(1), other, group=roll_call)
+            assert request is not None
+            request.wait(patience if rank == 0 else patience * world_size)
+        except RuntimeError:
+            missing.append(other)
+    return missing

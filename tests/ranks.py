@@ -36,6 +36,7 @@ def end_ranks(function: Callable[..., Any], *arguments: Any, world_size: int = 1
             if process.is_alive():
                 process.kill()
                 process.join()
+            timeout = timeout if process.exitcode == 0 else 5  # the others have had their time to notice
     return [process.exitcode for process in ranks]
 
 

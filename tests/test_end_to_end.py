@@ -442,3 +442,52 @@ def test_training_batches_bring_captions_of_every_other_concept_along(mini_data,
     batch, ids = captions_of(1000)
     assert len(batch.extra_text) > 0 and not set(ids[8:]) & set(ids[:8]) and len(ids) == 8 + len(batch.extra_text)
     assert captions_of(0)[1] == batch.concept_ids.tolist()
+
+
+def test_a_run_is_judged_by_its_averaged_weights(start, tmp_path):
+    plain, averaged = tmp_path / "plain", tmp_path / "averaged"
+    start(plain)
+    start(averaged, "optimization.average=0.9")
+    torch.testing.assert_close(weights_of(averaged), weights_of(plain), rtol=0, atol=0)  # training is the same
+    assert read(averaged)["metrics"] != read(plain)["metrics"]
+    assert evaluate_folder(str(averaged), device="cpu")["metrics"] == read(averaged)["metrics"]
+    start(averaged, "optimization.average=0.9", f"training.resume={averaged}")
+    assert read(averaged)["metrics"] != read(plain)["metrics"]
+
+
+def test_a_loss_that_stays_no_number_leaves_the_ids_of_its_batch(start, tmp_path):
+    with pytest.raises(UserError, match="3 steps in a row"):
+        start(
+            tmp_path,
+            "encoder.audio=null",
+            "optimization.optimizer.lr=1e30",
+            "optimization.max_nonfinite=2",
+            "optimization.clip_norm=null",
+            "training.max_steps=50",
+        )
+    found = read(tmp_path, "nonfinite.json")
+    assert found["step"] < 50 and len(found["sample_ids"]) == 8
+    assert all(sample.startswith("pen/") for sample in found["sample_ids"])
+
+
+def test_a_deterministic_run_logs_the_same_figures_twice(start, tmp_path):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        torch.manual_seed(len(folder.name))  # whatever was drawn before
+        start(folder, *RANDOM, "training.deterministic=true", "training.max_steps=3")
+    first, second = (without_clock(rows_of(folder, "train")) for folder in folders)
+    assert first == second and len(first) == 3
+    assert not torch.are_deterministic_algorithms_enabled() or torch.use_deterministic_algorithms(False) is None
+
+
+def test_a_full_disk_at_the_end_says_what_is_missing(start, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("edge_glass.training.checkpoints.save_file", full)
+    with pytest.raises(UserError, match=r"weights of step 6 could not be saved: free some space.*training\.resume="):
+        start(tmp_path)
+    assert read(tmp_path)["failed_saves"] >= 3 and read(tmp_path)["metrics"]
+    monkeypatch.undo()
+    start(tmp_path, f"training.resume={tmp_path}")
+    assert read(tmp_path)["failed_saves"] == 0

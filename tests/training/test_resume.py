@@ -57,7 +57,11 @@ def train(rank: int, config: dict, folder: str, fate: dict) -> None:
         Trainer._step = doomed
     if mine and "write" in fate:
         die_at_call(fate["write"])
-    fit(config, folder)
+    try:
+        fit(config, folder)
+    except UserError as error:
+        Path(folder, f"error-{rank}.txt").write_text(str(error))
+        raise SystemExit(2) from error
 
 
 def without_evaluation(*_):
@@ -187,6 +191,15 @@ def test_one_rank_that_is_told_to_stop_stops_all_at_the_same_step(config_of, tmp
     assert Checkpoints(told).steps()[-1] == 5
     assert end_ranks(train, resumed(config, told), str(told), {}, world_size=2) == [0, 0]
     assert_equal(everything(told), everything(whole))
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_rank_that_hangs_or_dies_ends_the_others_with_its_name(config_of, tmp_path, number):
+    config = config_of("optimization.batch_size=4", "launch.timeout_minutes=0.05")
+    fate = {"rank": 1, "step": 4, "signal": int(number)}
+    assert end_ranks(train, config, str(tmp_path), fate, world_size=2) == [2, -signal.SIGKILL]
+    assert (tmp_path / "error-0.txt").read_text().startswith("rank 1 of 2 died, hangs")
+    assert Checkpoints(tmp_path).steps() == [3, 4]
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
