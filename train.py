@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from edge_glass import launch
 from edge_glass.cli import run_command
 from edge_glass.config import to_experiment
+from edge_glass.local_ranks import warm_up
 from edge_glass.runs import discard_if_empty, resumed
 from edge_glass.signatures import check_targets
 
@@ -25,6 +26,8 @@ def main(config: DictConfig) -> float | None:
     try:
         if config.training.resume not in (None, "auto"):
             config, run_dir = resumed(config.training.resume, list(job.overrides.task))
+        if config.launch.nproc_per_node > 1:
+            warm_up()
         experiment = to_experiment(config)
         check_targets(OmegaConf.to_container(experiment))
         return launch.run("edge_glass.training.fit:fit", experiment, str(run_dir))

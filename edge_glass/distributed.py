@@ -14,10 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from edge_glass.errors import UserError
-
-# Where ranks that `launch.py` started meet; ranks of an outer launcher meet at MASTER_ADDR and MASTER_PORT.
-RENDEZVOUS = "EDGE_GLASS_RENDEZVOUS"
+from edge_glass.errors import LostRank, UserError
+from edge_glass.local_ranks import RENDEZVOUS
 
 Number = TypeVar("Number", float, Tensor)
 Item = TypeVar("Item")
@@ -48,10 +46,6 @@ def current_ranks() -> Ranks:
     return Ranks(rank, rank if local_rank is None else int(local_rank), world_size)
 
 
-class LostRank(UserError):
-    """Another rank has died or does not answer."""
-
-
 @contextlib.contextmanager
 def connected_ranks(timeout_minutes: float = 30.0) -> Iterator[None]:
     """This rank's place in its world, given up at the end; nothing in a process that is alone.
@@ -71,6 +65,7 @@ def connected_ranks(timeout_minutes: float = 30.0) -> Iterator[None]:
         torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",  # numbers that a host needs at once never wait for the GPU
+        # Ranks of an outer launcher meet at MASTER_ADDR and MASTER_PORT.
         init_method=os.environ.get(RENDEZVOUS, "env://"),
         rank=ranks.rank,
         world_size=ranks.world_size,

@@ -10,6 +10,10 @@ class UserError(Exception):
     """
 
 
+class LostRank(UserError):
+    """Another rank has died or does not answer."""
+
+
 class Stopped(SystemExit):
     """A run was told to stop and has saved itself first; the command exits with `RESUMABLE`.
 

@@ -1,14 +1,11 @@
 """Runs a function on all ranks of a job, whatever started the job."""
 
-import importlib
-import logging
 import os
-import uuid
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from edge_glass.errors import UserError
+from edge_glass.local_ranks import call, run_local_ranks
 
 
 def run(function: str, config: DictConfig, run_dir: str) -> Any:
@@ -18,13 +15,14 @@ def run(function: str, config: DictConfig, run_dir: str) -> Any:
     that this job starts itself (`launch.nproc_per_node`), so that each job of a sweep has a world of its own.
 
     Args:
-        function: `module:name`; a name, so that spawned ranks can import it and this process need not.
+        function: `module:name`; a name, so that ranks can import it and this process need not.
         config: resolved.
         run_dir: the run's folder.
 
     Raises:
         UserError: from any rank, as that rank wrote it.
-        ChildFailedError: a defect in a rank that this job started, with that rank's traceback.
+        RankError: a defect in a rank that this job started, with that rank's traceback.
+        Stopped: the run was told to stop and has saved itself.
     """
     plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     if "SUBMITIT_EXECUTOR" in os.environ:
@@ -32,52 +30,8 @@ def run(function: str, config: DictConfig, run_dir: str) -> Any:
 
         TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
         return call(function, plain, run_dir)
-    if "RANK" in os.environ or config.launch.nproc_per_node == 1:
+    ranks = config.launch.nproc_per_node
+    if "RANK" in os.environ or ranks == 1:
         return call(function, plain, run_dir)
-    return _spawn(function, plain, run_dir, config.launch.nproc_per_node)
-
-
-def call(function: str, config: Any, run_dir: str) -> Any:
-    """Import and call `function` on this rank."""
-    module, _, name = function.partition(":")
-    return getattr(importlib.import_module(module), name)(config, run_dir)
-
-
-def _spawn(function: str, config: Any, run_dir: str, ranks: int) -> Any:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    # elastic_launch leaves the number of threads alone, and ranks that fight for cores are many times slower.
-    threads = config["launch"]["threads"] or max(1, (os.cpu_count() or 1) // ranks)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    world = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="spawn",
-    )
-    for name in ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # they would log what is raised here, as tracebacks
-    try:
-        return elastic_launch(world, call_in_rank)(function, config, run_dir)[0]
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if not isinstance(failure.message, dict):  # it had no time to say why
-            raise UserError(f"rank {rank} ended without a word (out of memory?): {failure.message}") from error
-        kind, _, message = failure.message["message"].partition(": ")
-        if kind != UserError.__name__:
-            raise
-        raise UserError(message) from error
-
-
-def call_in_rank(function: str, config: Any, run_dir: str) -> Any:
-    """`call`, with every error for the user under one name: a rank's parent is told an error's name and words only."""
-    try:
-        return call(function, config, run_dir)
-    except UserError as error:
-        raise UserError(str(error)) from error
+    threads = config.launch.threads or max(1, (os.cpu_count() or 1) // ranks)
+    return run_local_ranks(function, plain, run_dir, ranks, threads)

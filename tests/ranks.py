@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from edge_glass.distributed import RENDEZVOUS
+from edge_glass.local_ranks import RENDEZVOUS
 
 # Imports only: nothing that starts threads, which a fork would lose.
 PRELOAD = ["torch", "torch._dynamo", "edge_glass.training.fit"]

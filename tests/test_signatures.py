@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from functools import cache
 
 import pytest
@@ -105,3 +107,14 @@ def test_other_packages_are_left_alone_until_they_are_asked_for():
     check_targets(node)
     with pytest.raises(ConfigError, match="cannot be imported"):
         check_targets(node, foreign=True)
+
+
+def test_a_check_of_our_own_targets_imports_nothing_heavy():
+    code = (
+        "import sys; from hydra import compose, initialize_config_dir; from omegaconf import OmegaConf\n"
+        "from edge_glass.config import to_experiment; from edge_glass.signatures import check_targets\n"
+        f"initialize_config_dir({str(mini.CONF)!r}, version_base='1.3').__enter__()\n"
+        "check_targets(OmegaConf.to_container(to_experiment(compose('train'))))\n"
+        "assert not {'torch', 'transformers', 'pyarrow'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

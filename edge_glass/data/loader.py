@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -125,6 +126,9 @@ def training_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=_as_worker if workers else None,
+        # A rank that was itself forked from a server would start another server for its workers: slow, and children of
+        # that server do not notice when the rank dies.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         persistent_workers=workers > 0,
         prefetch_factor=2 if workers else None,
     )

@@ -7,8 +7,7 @@ from types import FrameType
 from typing import Any
 
 from edge_glass.errors import Stopped
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from edge_glass.local_ranks import STOP_SIGNALS
 
 
 class StopSignals:
