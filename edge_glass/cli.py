@@ -3,12 +3,17 @@
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
-def run_command(main: Callable[[], None]) -> None:
+def run_command(main: Callable[[], None], at_the_end: Callable[[], None] = lambda: None) -> None:
     """Run a Hydra main function; on an error of the user's print one message and exit with code 2.
 
     Anything else keeps its traceback and exits with code 1.
+
+    Args:
+        main: the function.
+        at_the_end: called however `main` ends, before the message.
     """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -18,14 +23,20 @@ def run_command(main: Callable[[], None]) -> None:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit by itself, without saying what would be valid
     try:
-        main()
+        try:
+            main()
+        finally:
+            at_the_end()
     except UserError as error:
-        message = str(error)
+        refuse(error)
     except HydraException as error:
-        message = explain_override(error)
+        refuse(explain_override(error))
     except OmegaConfBaseException as error:
-        message = explain(error)
-    else:
-        return
-    print(f"error: {message}", file=sys.stderr)
+        refuse(explain(error))
+
+
+def refuse(message: object) -> NoReturn:
+    """Print one message and exit with code 2; of the ranks of an outer torchrun only the first prints."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

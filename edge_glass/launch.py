@@ -5,7 +5,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from edge_glass import local_ranks
 from edge_glass.local_ranks import call, run_local_ranks
+
+
+def warm_up(config: DictConfig) -> None:
+    """Begin to import what the ranks of this job will need, if it starts any itself; the config may still be wrong."""
+    if OmegaConf.select(config, "launch.nproc_per_node") not in (None, 1) and not _launched():
+        local_ranks.warm_up()
 
 
 def run(function: str, config: DictConfig, run_dir: str) -> Any:
@@ -31,7 +38,12 @@ def run(function: str, config: DictConfig, run_dir: str) -> Any:
         TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
         return call(function, plain, run_dir)
     ranks = config.launch.nproc_per_node
-    if "RANK" in os.environ or ranks == 1:
+    if _launched() or ranks == 1:
         return call(function, plain, run_dir)
     threads = config.launch.threads or max(1, (os.cpu_count() or 1) // ranks)
     return run_local_ranks(function, plain, run_dir, ranks, threads)
+
+
+def _launched() -> bool:
+    """True in a rank that something else has started: torchrun or SLURM."""
+    return "RANK" in os.environ or "SUBMITIT_EXECUTOR" in os.environ

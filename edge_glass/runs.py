@@ -16,6 +16,7 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 NONFINITE = "nonfinite.json"  # the samples at which loss or gradient stayed no number
 CHECKPOINTS = "checkpoints"
+AUTO = "auto"  # training.resume: find the run by its config
 FREE_GROUPS = ("logger", "launch")  # a run may go on with other values of these and is still the same run
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from tests import mini
+from tests.commands import run_in_process
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +24,9 @@ def no_pictures(monkeypatch):
 def text_tower(tmp_path_factory):
     """A Sentence-BERT of 16 dimensions."""
     return mini.write_text_tower(tmp_path_factory.mktemp("towers") / "text")
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capfd):
+    """Runs a script in this process, where torch is already imported, in a folder of its own."""
+    yield from run_in_process(tmp_path, monkeypatch, capfd)

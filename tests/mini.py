@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 import soundfile
 import torch
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageDraw
 from transformers import BertConfig, BertModel, BertTokenizer
@@ -150,6 +152,13 @@ def composed(*overrides: str) -> DictConfig:
     """The config of `python train.py <overrides>`, not yet checked."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("train", list(overrides))
+
+
+def sweep_of(params: dict[str, str]) -> list[list[str]]:
+    """The overrides of each job that Hydra's basic sweeper makes of its `params`."""
+    parsed = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
+    (batch,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    return batch
 
 
 def overrides(data: Path, text_tower: Path) -> list[str]:

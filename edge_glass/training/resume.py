@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from edge_glass.config import ConfigError
 from edge_glass.errors import UserError
-from edge_glass.runs import CONFIG, differences, holds_run, is_finished
+from edge_glass.runs import AUTO, CONFIG, differences, holds_run, is_finished
 from edge_glass.training.checkpoints import Checkpoints, read_manifest
 
 log = logging.getLogger(__name__)
@@ -68,12 +68,12 @@ def find_start(config: DictConfig, run_dir: Path, stack: ExitStack) -> Start:
         raise ConfigError(
             f"{run_dir} holds a run already: give training.resume=auto to go on with it, or another hydra.run.dir"
         )
-    if resume == "auto" and not holds_run(run_dir):
+    if resume == AUTO and not holds_run(run_dir):
         run_dir = _newest_unfinished(config, run_dir) or run_dir
     stack.enter_context(_held(run_dir))
     if not holds_run(run_dir):
         return Start(run_dir)
-    if resume in (None, "auto"):
+    if resume in (None, AUTO):
         changes = differences(_config_of(run_dir), config)
         if changes:
             raise ConfigError(
