@@ -1,15 +1,20 @@
 """What the commands share: messages instead of tracebacks for everything that the user can mend."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import NoReturn
+
+from edge_glass.errors import Stopped, UserError
 
 
 def run_command(main: Callable[[], None], at_the_end: Callable[[], None] = lambda: None) -> None:
     """Run a Hydra main function; on an error of the user's print one message and exit with code 2.
 
-    Anything else keeps its traceback and exits with code 1.
+    A defect keeps its traceback and exits with code 1. A signal exits with code 75, Ctrl-C with 130; a run that is
+    training by then saves itself first (`training/signals.py`).
 
     Args:
         main: the function.
@@ -19,14 +24,17 @@ def run_command(main: Callable[[], None], at_the_end: Callable[[], None] = lambd
     from omegaconf.errors import OmegaConfBaseException
 
     from edge_glass.config import explain, explain_override
-    from edge_glass.errors import UserError
 
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, _stop)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit by itself, without saying what would be valid
     try:
         try:
             main()
         finally:
             at_the_end()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except UserError as error:
         refuse(error)
     except HydraException as error:
@@ -40,3 +48,8 @@ def refuse(message: object) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _stop(number: int, _: FrameType | None) -> NoReturn:
+    os.write(2, f"{signal.Signals(number).name}: stopped\n".encode())
+    raise Stopped

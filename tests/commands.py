@@ -2,6 +2,7 @@
 
 import logging
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -40,6 +41,7 @@ def run_in_process(tmp_path: Path, monkeypatch, capfd) -> Iterator[Callable[...,
     folder = tmp_path / "here"
     folder.mkdir()
     root = logging.getLogger()
+    signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
     handlers, level = list(root.handlers), root.level
 
     def run(script: str, *arguments: str) -> Outcome:
@@ -57,6 +59,8 @@ def run_in_process(tmp_path: Path, monkeypatch, capfd) -> Iterator[Callable[...,
     yield run
     root.handlers[:] = handlers  # Hydra's hold the captured stderr of this test
     root.setLevel(level)
+    for number, handler in signals.items():
+        signal.signal(number, handler)
 
 
 def in_a_process(folder: Path, script: str, *arguments: str, flags=()) -> Outcome:

@@ -1,6 +1,8 @@
 """`python train.py` and `python evaluate.py`: what they print, what they leave, and how they fail."""
 
+import os
 import re
+import signal
 import socket
 
 import pytest
@@ -136,3 +138,11 @@ def test_a_run_is_trained_evaluated_again_and_taken_up_again(command, tmp_path, 
     assert typo.code == 2 and "training.max_stepz" in typo.stderr
     group = command("train.py", f"training.resume={run}", "logger=tensorboard")
     assert group.code == 2 and "logger=tensorboard" in group.stderr and "logger.tensorboard" in group.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_command_that_is_stopped_before_it_trains_says_so_by_its_code(command, monkeypatch, number, code):
+    monkeypatch.setattr("edge_glass.launch.run", lambda *_: os.kill(os.getpid(), number))
+    outcome = command("train.py")
+    assert outcome.code == code and "Traceback" not in outcome.stderr
+    assert outcome.files == []
