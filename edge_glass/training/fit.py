@@ -259,6 +259,7 @@ class Run:
         print(f"run folder: {self.run_dir}\n\n{format_parameter_table(rows)}\n", flush=True)
         if self.start.goes_on:
             keep_metrics_until(self.run_dir, trainer.progress.step)
+            (self.run_dir / SUMMARY).unlink(missing_ok=True)  # of a run that was finished and now goes further
             self.checkpoints.forget_after(trainer.progress.step)
             log.info("going on after step %d of %s", trainer.progress.step, self.run_dir)
         values = plain(self.config)

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -18,6 +19,7 @@ from edge_glass.training.logs import JsonLines
 from edge_glass.training.loop import Limits, Trainer, TrainingError, describe_skipped
 from edge_glass.training.optimization import parameter_groups
 from edge_glass.training.schedule import warmup_cosine
+from tests.ranks import run_ranks
 
 WORDS = ["", "a", "bb", "ccc", "dddd", "eeeee", "ffffff", "ggggggg"]
 
@@ -234,6 +236,20 @@ def test_a_step_without_a_number_is_left_out_and_counted():
     assert trainer.progress.nonfinite_steps == 1
     assert all(torch.isfinite(tensor).all() for tensor in weights(task).values())
     assert not torch.equal(weights(task)["model.text.weight"], before["model.text.weight"])
+
+
+def train_with_a_broken_batch_on_rank_1() -> tuple[dict, int, int]:
+    broken = [3] if dist.get_rank() == 1 else []
+    trainer = make_trainer(batches=batches_of(broken=broken), max_steps=6, eval_every=100)
+    trainer.run()
+    return weights(trainer.task), trainer.progress.nonfinite_steps, trainer.progress.step
+
+
+def test_all_ranks_leave_out_the_step_that_one_of_them_cannot_take():
+    first, second = run_ranks(train_with_a_broken_batch_on_rank_1)
+    torch.testing.assert_close(first[0], second[0], rtol=0, atol=0)
+    assert all(torch.isfinite(tensor).all() for tensor in first[0].values())
+    assert first[1:] == second[1:] == (1, 6)
 
 
 def test_too_many_steps_without_a_number_stop_the_run_and_name_the_rows():
