@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from edge_glass.config import ConfigError
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+WANDB = "wandb.json"  # under which id wandb knows the run, and what it has not got yet
 NONFINITE = "nonfinite.json"  # the samples at which loss or gradient stayed no number
 CHECKPOINTS = "checkpoints"
 AUTO = "auto"  # training.resume: find the run by its config
@@ -127,9 +128,3 @@ def keep_metrics_until(run_dir: Path, step: int) -> None:
     temporary = run_dir / f".{METRICS}.tmp"
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(temporary, run_dir / METRICS)
-
-
-def append_metrics(run_dir: Path, row: Mapping[str, Any]) -> None:
-    """Add one row to metrics.jsonl."""
-    with (run_dir / METRICS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")

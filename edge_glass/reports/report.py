@@ -1,6 +1,7 @@
 """Turn a run folder into a page and a table: everything is read from the folder alone."""
 
 import io
+import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from edge_glass.errors import UserError
 from edge_glass.evaluation.names import DIRECTIONS, METRICS, MetricName
 from edge_glass.reports import figures
-from edge_glass.runs import CONFIG, SUMMARY, read_json, read_metrics
+from edge_glass.runs import CONFIG, SUMMARY, WANDB, read_json, read_metrics
 from edge_glass.runs import METRICS as METRICS_FILE
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ def _page(folder: Path, summary: Mapping[str, Any], missing: list[str]) -> str:
     parts += _retrieval_sections(results, _view_definitions(folder / CONFIG), missing)
     parts += _figure_section(folder, missing)
     parts += [_other_section(summary), _parameter_section(summary, missing)]
-    parts += [_skipped_section(summary, missing), _version_section(summary)]
+    parts += [_skipped_section(summary, missing), _version_section(summary), _wandb_section(folder)]
     if (folder / CONFIG).is_file():
         parts += ["## Settings", f"```yaml\n{(folder / CONFIG).read_text(encoding='utf-8').strip()}\n```"]
     else:
@@ -337,6 +338,13 @@ def _version_section(summary: Mapping[str, Any]) -> str:
     facts = {"commit": summary.get("commit"), "data": summary.get("data_hash"), **summary.get("versions", {})}
     rows = [[name, f"`{value}`"] for name, value in facts.items() if value]
     return "## Versions\n\n" + _markdown(["of", "version"], rows) if rows else ""
+
+
+def _wandb_section(folder: Path) -> str:
+    """How figures that wandb's server has not got are sent there."""
+    unsynced = read_json(folder / WANDB)["unsynced"] if (folder / WANDB).is_file() else []
+    paths = " ".join(shlex.quote(str(folder / name)) for name in unsynced)
+    return f"## wandb\n\nNot on the server yet. To send it there: `wandb sync {paths}`" if paths else ""
 
 
 def _view_definitions(config_path: Path) -> dict[str, Any]:
