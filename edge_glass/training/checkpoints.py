@@ -145,6 +145,8 @@ class Checkpoints:
             for name, tensors in weights.items():
                 save_file(tensors, temporary / name)
             torch.save(state, temporary / STATE)
+            for name in weights:  # safetensors makes them the owner's alone
+                (temporary / name).chmod((temporary / STATE).stat().st_mode)
             files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
             manifest = {"step": step, "files": files, **self.facts}
             write_json(temporary / MANIFEST, {**manifest, "sha256": _hash_of(manifest)})

@@ -263,7 +263,7 @@ class Run:
             self.checkpoints.forget_after(trainer.progress.step)
             log.info("going on after step %d of %s", trainer.progress.step, self.run_dir)
         values = plain(self.config)
-        return open_sinks(self.run_dir, values["logger"], values)
+        return open_sinks(self.run_dir, values["logger"], values, self.facts)
 
     def _say_that_it_stopped(self, trainer: Trainer) -> None:
         if self.main:

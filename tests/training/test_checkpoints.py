@@ -1,3 +1,4 @@
+import os
 import pickle
 import shutil
 import threading
@@ -67,6 +68,17 @@ def test_what_was_saved_is_loaded(tmp_path):
     again = load_state(folder)
     assert again["step"] == 3 and again["progress"] == state["progress"] and again["values"] == [1.5, None]
     torch.testing.assert_close(again["optimizer"]["state"], state["optimizer"]["state"], rtol=0, atol=0)
+
+
+def test_whoever_may_read_the_folder_may_read_the_weights(tmp_path):
+    folder = saved(tmp_path, 1, make_task())
+    assert {(folder / name).stat().st_mode for name in (WEIGHTS, STATE, MANIFEST)} == {0o100666 & ~current_umask()}
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
