@@ -135,7 +135,7 @@ def resumed(config: dict, folder: Path) -> dict:
     ("world_size", "more"),
     [
         (1, ["optimization.batch_size=2", "optimization.accumulation=4", "training.workers=1"]),
-        (1, ["optimization.negative_captions=8"]),
+        (1, ["optimization.negative_captions=8", "training.precision=fp16"]),
         (2, ["optimization.batch_size=4"]),
         (2, ["optimization.batch_size=2", "optimization.accumulation=4"]),
     ],
