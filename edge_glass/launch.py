@@ -8,7 +8,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from edge_glass.errors import UserError
+from edge_glass.errors import Stopped, UserError
+
+PORTS = range(20_000, 32_000)
 
 
 def run(function: str, config: DictConfig, run_dir: str) -> Any:
@@ -28,10 +30,7 @@ def run(function: str, config: DictConfig, run_dir: str) -> Any:
     """
     plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     if "SUBMITIT_EXECUTOR" in os.environ:
-        from submitit.helpers import TorchDistributedEnvironment
-
-        TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
-        return call(function, plain, run_dir)
+        return _as_task(function, plain, run_dir)
     if "RANK" in os.environ or config.launch.nproc_per_node == 1:
         return call(function, plain, run_dir)
     return _spawn(function, plain, run_dir, config.launch.nproc_per_node)
@@ -41,6 +40,31 @@ def call(function: str, config: Any, run_dir: str) -> Any:
     """Import and call `function` on this rank."""
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)(config, run_dir)
+
+
+def _as_task(function: str, config: Any, run_dir: str) -> Any:
+    from submitit import JobEnvironment
+    from submitit.core.utils import UncompletedJobError
+    from submitit.helpers import TorchDistributedEnvironment
+
+    # submitit would draw a port at random, also among those that the kernel gives to clients (from 32768 on). Jobs that
+    # share a node have numbers near each other, and so different ports.
+    job = int(os.environ.get("SLURM_JOB_ID", JobEnvironment().job_id))
+    os.environ["MASTER_PORT"] = str(PORTS[job % len(PORTS)])
+    TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
+    try:
+        return call(function, config, run_dir)
+    except Stopped:
+        if os.environ["RANK"] == "0":
+            raise
+        # Rank 0 says what becomes of the job, and may still be queueing it again. A rank that failed before it has done
+        # so would end it on clusters with KillOnBadExit; one without a result would leave the sweep waiting.
+        return None
+    except UncompletedJobError as error:
+        raise UserError(
+            f"{error} Go on with training.resume={run_dir}, or start with a higher hydra.launcher.max_num_timeout or "
+            "hydra.launcher.timeout_min"
+        ) from error
 
 
 def _spawn(function: str, config: Any, run_dir: str, ranks: int) -> Any:

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from submitit.core.utils import UncompletedJobError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from edge_glass import launch
-from edge_glass.errors import UserError
+from edge_glass.errors import Stopped, UserError
 
 
 class Misfit(UserError):
@@ -73,3 +74,54 @@ def test_a_defect_in_a_rank_keeps_its_traceback(tmp_path):
 def test_a_rank_that_is_killed_is_named(tmp_path):
     with pytest.raises(UserError, match=r"rank 0 ended without a word .*(Signal 9|SIGKILL)"):
         spawn_one("killed", tmp_path)
+
+
+def stopped(config, run_dir: str) -> None:
+    raise Stopped
+
+
+def not_again(config, run_dir: str) -> None:
+    raise UncompletedJobError("Job not requeued because: timed-out too many times.")
+
+
+@pytest.fixture
+def task_of_a_job(monkeypatch):
+    """Makes this process one of the two tasks of a SLURM job, as submitit starts them."""
+
+    def become(task: int, job: int = 7) -> None:
+        facts = {"JOB_ID": job, "NTASKS": 2, "JOB_NUM_NODES": 1, "PROCID": task, "LOCALID": task, "NODEID": 0}
+        for name, value in {**facts, "JOB_NODELIST": "node1"}.items():
+            monkeypatch.setenv(f"SLURM_{name}", str(value))
+        monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.setenv(name, "")  # to be taken back
+
+    return become
+
+
+def run_task(function: str) -> object:
+    return launch.run(f"tests.test_launch:{function}", config_of(1), "run")
+
+
+def test_a_slurm_task_is_a_rank_and_jobs_of_one_node_have_ports_of_their_own(task_of_a_job):
+    ports = set()
+    for job in (7, 8):
+        task_of_a_job(1, job)
+        assert run_task("told") == ("a run", 1, "run")
+        assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")] == ["1", "2", "node1"]
+        ports.add(int(os.environ["MASTER_PORT"]))
+    assert len(ports) == 2 and max(ports) < 32768  # where Linux begins to hand ports out
+
+
+def test_when_a_slurm_job_stops_only_its_first_task_fails(task_of_a_job):
+    task_of_a_job(1)
+    assert run_task("stopped") is None
+    task_of_a_job(0)
+    with pytest.raises(Stopped):
+        run_task("stopped")
+
+
+def test_a_job_that_may_not_be_queued_again_says_how_it_can_go_on(task_of_a_job):
+    task_of_a_job(0)
+    with pytest.raises(UserError, match=r"too many times.*training\.resume=run.*max_num_timeout"):
+        run_task("not_again")
