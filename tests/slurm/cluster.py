@@ -1,7 +1,11 @@
-"""A real SLURM of one node on this machine, for tests: its files in a folder of its own, its ports its own."""
+"""A real SLURM of one node on this machine, for tests: its files in a folder of its own, its ports its own.
+
+python -m tests.slurm.cluster    # install it; exit code 77 and the reason where it cannot be had
+"""
 
 import contextlib
 import os
+import random
 import re
 import shutil
 import socket
@@ -18,6 +22,7 @@ PACKAGES = ["slurm-wlm", "munge"]
 # Jobs share the node's cores; those in `high` send those in `main` away, with the signal that they asked for.
 SLURM_CONF = """\
 ClusterName=test
+FirstJobId={first_job}
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={control_port}
 SlurmdPort={node_port}
@@ -47,12 +52,12 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 PreemptExemptTime=0
 JobRequeue=1
+KillOnBadExit=1
 ReturnToService=2
 KillWait=10
 MinJobAge=600
-{more}
-NodeName=localhost NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
-PartitionName=main Nodes=localhost Default=YES PriorityTier=1 OverSubscribe=FORCE:4 PreemptMode=REQUEUE GraceTime={grace}
+NodeName=localhost NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+PartitionName=main Default=YES Nodes=localhost PriorityTier=1 OverSubscribe=FORCE:4 PreemptMode=REQUEUE GraceTime=20
 PartitionName=high Nodes=localhost PriorityTier=10 OverSubscribe=NO PreemptMode=OFF
 """
 CGROUP_CONF = "CgroupAutomount=no\nCgroupPlugin=cgroup/v1\n"
@@ -118,13 +123,11 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running_cluster(cpus: int = 2, grace: int = 20, more: str = "") -> Iterator[Cluster]:
+def running_cluster() -> Iterator[Cluster]:
     """Start a cluster, stop it and its jobs, and remove what it wrote.
 
-    Args:
-        cpus: of its node, whatever the machine has.
-        grace: seconds between the signal for a preempted job and its end.
-        more: further lines of slurm.conf.
+    Raises:
+        NoCluster: it cannot be installed here.
     """
     install()
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
@@ -132,7 +135,7 @@ def running_cluster(cpus: int = 2, grace: int = 20, more: str = "") -> Iterator[
     cluster = Cluster(folder)
     daemons: list[subprocess.Popen] = []
     try:
-        _write_files(folder, cpus, grace, more)
+        _write_files(folder)
         daemons.append(_start(cluster, "munged", *_munge_options(folder / "munge")))
         wait_for("munge", (folder / "munge" / "socket").exists, daemons[-1])
         daemons.append(_start(cluster, "slurmctld", "-D"))
@@ -156,7 +159,9 @@ def running_cluster(cpus: int = 2, grace: int = 20, more: str = "") -> Iterator[
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def wait_for(what: str, come: Callable[[], object], process: subprocess.Popen | None = None, seconds: float = 30) -> None:
+def wait_for(
+    what: str, come: Callable[[], object], process: subprocess.Popen | None = None, seconds: float = 30
+) -> None:
     """Wait until `come()` is true.
 
     Raises:
@@ -171,16 +176,17 @@ def wait_for(what: str, come: Callable[[], object], process: subprocess.Popen | 
         time.sleep(0.1)
 
 
-def _write_files(folder: Path, cpus: int, grace: int, more: str) -> None:
+def _write_files(folder: Path) -> None:
     for name in ("state", "spool", "munge"):
         (folder / name).mkdir(mode=0o755)
     key = folder / "munge" / "key"
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(128))
     (folder / "cgroup.conf").write_text(CGROUP_CONF)
-    values = {"folder": folder, "cpus": cpus, "grace": grace, "more": more}
     ports = dict(zip(("control_port", "node_port"), _free_ports(2), strict=True))
-    (folder / "slurm.conf").write_text(SLURM_CONF.format(**values, **ports))
+    # Ranks meet at a port that follows from their job's number: a second such cluster here must number otherwise.
+    first_job = random.randrange(1000, 60_000)
+    (folder / "slurm.conf").write_text(SLURM_CONF.format(folder=folder, first_job=first_job, **ports))
 
 
 def _munge_options(folder: Path) -> list[str]:
@@ -213,3 +219,11 @@ def _free_ports(count: int) -> list[int]:
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
+
+
+if __name__ == "__main__":
+    try:
+        install()
+    except NoCluster as reason:
+        print(reason)
+        sys.exit(77)
