@@ -3,6 +3,8 @@
 import importlib
 import logging
 import os
+import signal
+import subprocess
 import uuid
 from typing import Any
 
@@ -49,22 +51,37 @@ def _as_task(function: str, config: Any, run_dir: str) -> Any:
 
     # submitit would draw a port at random, also among those that the kernel gives to clients (from 32768 on). Jobs that
     # share a node have numbers near each other, and so different ports.
-    job = int(os.environ.get("SLURM_JOB_ID", JobEnvironment().job_id))
-    os.environ["MASTER_PORT"] = str(PORTS[job % len(PORTS)])
+    number = int(os.environ.get("SLURM_JOB_ID", JobEnvironment().job_id))
+    os.environ["MASTER_PORT"] = str(PORTS[number % len(PORTS)])
     TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
     try:
-        return call(function, config, run_dir)
-    except Stopped:
-        if os.environ["RANK"] == "0":
-            raise
-        # Rank 0 says what becomes of the job, and may still be queueing it again. A rank that failed before it has done
-        # so would end it on clusters with KillOnBadExit; one without a result would leave the sweep waiting.
-        return None
+        return _call_until_stopped(function, config, run_dir, JobEnvironment().job_id)
     except UncompletedJobError as error:
         raise UserError(
             f"{error} Go on with training.resume={run_dir}, or start with a higher hydra.launcher.max_num_timeout or "
             "hydra.launcher.timeout_min"
         ) from error
+
+
+def _call_until_stopped(function: str, config: Any, run_dir: str, job: str) -> Any:
+    """`call`; where a signal stops it, the first task has the job queued again, unless somebody wanted it to end."""
+    try:
+        return call(function, config, run_dir)
+    except Stopped:
+        # The first task says what becomes of the job, and may still be queueing it again. A task that failed before it
+        # has done so would end it on clusters with KillOnBadExit; one without a result would leave the sweep waiting.
+        if os.environ["RANK"] != "0":
+            return None
+        # submitit acts on SIGUSR2 alone, but clusters also preempt by SIGTERM, as scancel ends a job; a preempted job
+        # that ends before it is killed counts as failed.
+        if "SLURM_JOB_ID" in os.environ and _slurm_state(job) == "RUNNING":
+            signal.raise_signal(signal.SIGUSR2)  # to submitit's handler, which ends this process
+        raise
+
+
+def _slurm_state(job: str) -> str:
+    command = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
 
 
 def _spawn(function: str, config: Any, run_dir: str, ranks: int) -> Any:

@@ -1,4 +1,6 @@
+import contextlib
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -113,12 +115,27 @@ def test_a_slurm_task_is_a_rank_and_jobs_of_one_node_have_ports_of_their_own(tas
     assert len(ports) == 2 and max(ports) < 32768  # where Linux begins to hand ports out
 
 
-def test_when_a_slurm_job_stops_only_its_first_task_fails(task_of_a_job):
+def test_when_a_slurm_job_stops_only_its_first_task_fails(task_of_a_job, monkeypatch):
+    monkeypatch.setattr(launch, "_slurm_state", lambda job: "CANCELLED")
     task_of_a_job(1)
     assert run_task("stopped") is None
     task_of_a_job(0)
     with pytest.raises(Stopped):
         run_task("stopped")
+
+
+def test_a_job_that_was_stopped_but_not_cancelled_is_handed_to_submitit(task_of_a_job, monkeypatch):
+    monkeypatch.setattr(launch, "_slurm_state", lambda job: "RUNNING")
+    heard = []
+    before = signal.signal(signal.SIGUSR2, lambda number, _: heard.append(number))
+    try:
+        for task in (1, 0):
+            task_of_a_job(task)
+            with pytest.raises(Stopped) if task == 0 else contextlib.nullcontext():
+                run_task("stopped")
+            assert len(heard) == (task == 0)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 def test_a_job_that_may_not_be_queued_again_says_how_it_can_go_on(task_of_a_job):

@@ -17,8 +17,8 @@ from tests import mini
 from tests.slurm.cluster import Cluster, NoCluster, running_cluster, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 200  # enough seconds of training to be met in the middle
-MIDDLE = 40
+STEPS = 160  # enough seconds of training to be met in the middle
+MIDDLE = 30
 LONG = 300  # seconds that nothing here should come near to
 
 
