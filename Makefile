@@ -1,10 +1,11 @@
 # make demo    the main job, from nothing to its report
 # make test    lint, types and tests, as CI runs them
+# make test-slurm   sweeps on a real SLURM, which it installs and starts; needs root and apt-get
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check clean
+.PHONY: demo test check test-slurm clean
 
 demo: $(READY)
 	$(BIN)/python train.py
@@ -17,6 +18,9 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+test-slurm: $(READY)
+	$(BIN)/python -m pytest tests/slurm
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv

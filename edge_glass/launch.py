@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from edge_glass import local_ranks
+from edge_glass import local_ranks, slurm_task
 from edge_glass.local_ranks import call, run_local_ranks
 
 
@@ -32,11 +32,8 @@ def run(function: str, config: DictConfig, run_dir: str) -> Any:
         Stopped: the run was told to stop and has saved itself.
     """
     plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
-    if "SUBMITIT_EXECUTOR" in os.environ:
-        from submitit.helpers import TorchDistributedEnvironment
-
-        TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
-        return call(function, plain, run_dir)
+    if slurm_task.is_one():
+        return slurm_task.run(function, plain, run_dir)
     ranks = config.launch.nproc_per_node
     if _launched() or ranks == 1:
         return call(function, plain, run_dir)
@@ -46,4 +43,4 @@ def run(function: str, config: DictConfig, run_dir: str) -> Any:
 
 def _launched() -> bool:
     """True in a rank that something else has started: torchrun or SLURM."""
-    return "RANK" in os.environ or "SUBMITIT_EXECUTOR" in os.environ
+    return "RANK" in os.environ or slurm_task.is_one()

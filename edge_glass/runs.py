@@ -1,5 +1,6 @@
 """A run's folder: where its files are, and how a stopped run is taken up again."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -92,10 +93,9 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def discard_if_empty(folder: Path) -> None:
     """Remove the folder that Hydra made for a run that never started."""
-    if folder.is_dir() and not any(folder.iterdir()):
+    with contextlib.suppress(OSError):  # it holds something, or another rank was faster
         folder.rmdir()
-        if not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
+        folder.parent.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:

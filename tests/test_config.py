@@ -3,6 +3,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
@@ -47,11 +49,21 @@ def documented() -> list[tuple[str, ...]]:
     """Every `python train.py ...` of the docs and of the headers under conf/, as a command line."""
     commands = set()
     for file in (ROOT / "train.py", *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *mini.CONF.rglob("*.yaml")):
-        for line in re.findall(r"python train\.py ([^`#\n]*)", file.read_text(encoding="utf-8")):
-            words = [word for word in shlex.split(line.replace("'", "")) if "=" in word]
+        for line in re.findall(r"python train\.py ([^`#\n]*)", file.read_text(encoding="utf-8").replace("\\\n", " ")):
+            words = [word for word in shlex.split(line) if "=" in word]
             if words and not any(word.startswith("training.resume") or "<" in word for word in words):
-                commands.add(tuple(words))
+                commands.add(tuple(first_job(word) for word in words))
     return sorted(commands)
+
+
+def first_job(override: str) -> str:
+    """What the first job of a sweep gets."""
+    parsed = OverridesParser.create().parse_override(override)
+    if not parsed.is_sweep_override():
+        return override
+    values = parsed.value()
+    first = values.start if isinstance(values, IntervalSweep) else next(iter(parsed.sweep_string_iterator()))
+    return f"{parsed.get_key_element()}={first}"
 
 
 def checked(*overrides: str):

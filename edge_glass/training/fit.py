@@ -166,6 +166,7 @@ class Run:
             for sink in trainer.sinks:
                 sink.close()
         if stopped_by == "signal":
+            self.signals.share()
             self._say_that_it_stopped(trainer)
             raise Stopped
         self.signals.at_once = True  # what is trained is saved; an evaluation can be done again
@@ -267,10 +268,9 @@ class Run:
 
     def _say_that_it_stopped(self, trainer: Trainer) -> None:
         if self.main:
-            received = self.signals.received
             log.warning(
                 "stopped by %s after step %d, saved as step %s; go on with: python train.py training.resume=%s",
-                received.name if received else "another rank",
+                self.signals.received[0].name,
                 trainer.progress.step,
                 self._newest(),
                 self.run_dir,

@@ -295,7 +295,7 @@ class Trainer:
     def _vote(self, skipped: int, finite: bool) -> Vote:
         limit = self.limits.max_seconds
         out_of_time = limit is not None and time.monotonic() - self._began >= limit
-        mine = Vote(skipped, not finite, out_of_time, self.signals.received is not None)
+        mine = Vote(skipped, not finite, out_of_time, bool(self.signals.received))
         return Vote(*all_sum([float(value) for value in vars(mine).values()]))
 
     def _evaluates(self, step: int) -> bool:

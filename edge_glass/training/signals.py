@@ -6,6 +6,7 @@ import threading
 from types import FrameType
 from typing import Any
 
+from edge_glass.distributed import all_objects
 from edge_glass.errors import Stopped
 from edge_glass.local_ranks import STOP_SIGNALS
 
@@ -17,12 +18,12 @@ class StopSignals:
     submitit has SLURM queue a job again, come back at the end, and can be called with `hand_on`.
 
     Attributes:
-        received: the first signal that came.
+        received: the signals that came, each once.
         at_once: set when there is nothing left to save: the next signal raises `Stopped` where it finds the process.
     """
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+        self.received: list[signal.Signals] = []
         self.at_once = False
         self._before: dict[int, Any] = {}
         self._pid = os.getpid()
@@ -40,18 +41,27 @@ class StopSignals:
             signal.signal(number, before)
 
     def hand_on(self) -> None:
-        """Give the signal to the handler that was there before, if a program set one; it may end the process."""
-        before = self._before.get(self.received) if self.received is not None else None
-        if callable(before) and before is not signal.default_int_handler:
-            before(self.received, None)
+        """Give the signals to the handlers that a program set before; one of them may end the process."""
+        for number in self.received:
+            before = self._before.get(number)
+            if callable(before) and before is not signal.default_int_handler:
+                before(number, None)
+
+    def share(self) -> None:
+        """Let every rank know the signals of all: the one that acts on them may not be the one that was told."""
+        for of_rank in all_objects(self.received):
+            self._add(*of_rank)
+
+    def _add(self, *numbers: signal.Signals) -> None:
+        self.received += [number for number in numbers if number not in self.received]
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._pid:
             return  # a process that loads data; the one it belongs to ends it
-        if number == signal.SIGINT and self.received is not None:
+        if number == signal.SIGINT and self.received:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
-        self.received = self.received or signal.Signals(number)
+        self._add(signal.Signals(number))
         if self.at_once:
             raise Stopped
         if number == signal.SIGINT:  # written past Python's buffers, which this may have interrupted

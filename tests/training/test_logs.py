@@ -1,5 +1,6 @@
 """Figures reach metrics.jsonl whatever a disk does, and wandb never holds up a run."""
 
+import contextlib
 import json
 import os
 import resource
@@ -34,41 +35,39 @@ def rows_of(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture
-def file_limit():
-    """Lets no file of this process grow beyond a size, as a full disk would; None: no limit."""
+@contextlib.contextmanager
+def no_file_beyond(size: int):
+    """Lets no file of this process grow beyond a size, as a full disk would; not even the output of pytest."""
     before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
-    def limit(size: int | None):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (before if size is None else size, hard))
 
-    yield limit
-    limit(None)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
-def test_rows_that_a_full_disk_did_not_take_are_written_when_it_does(tmp_path, file_limit, caplog):
+def test_rows_that_a_full_disk_did_not_take_are_written_when_it_does(tmp_path, caplog):
     sink = JsonLines(tmp_path)
     sink.write(row(1))
-    file_limit((tmp_path / "metrics.jsonl").stat().st_size + 7)  # room for a part of the next row
-    sink.write(row(2))
-    sink.write(row(3))
+    with no_file_beyond((tmp_path / "metrics.jsonl").stat().st_size + 7):  # room for a part of the next row
+        sink.write(row(2))
+        sink.write(row(3))
     assert "its rows are kept in memory" in caplog.text
     assert b"".join((tmp_path / "metrics.jsonl").read_bytes().splitlines(True)[1:]) == b'{"kind"'
-    file_limit(None)
     sink.write(row(4))
     sink.close()
     assert rows_of(tmp_path) == [row(1), row(2), row(3), row(4)]
     assert len(said(caplog)) == 1
 
 
-def test_rows_that_were_never_written_are_counted_at_the_end(tmp_path, file_limit, caplog):
+def test_rows_that_were_never_written_are_counted_at_the_end(tmp_path, caplog):
     sink = JsonLines(tmp_path)
-    file_limit(0)
-    sink.write(row(1))
-    sink.write(row(2))
-    sink.close()
+    with no_file_beyond(0):
+        sink.write(row(1))
+        sink.write(row(2))
+        sink.close()
     assert "the last 2 rows could not be written" in caplog.text
 
 
