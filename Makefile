@@ -1,11 +1,12 @@
-# make demo    the main job, from nothing to its report
-# make test    lint, types and tests, as CI runs them
-# make test-slurm   sweeps on a real SLURM, which it installs and starts; needs root and apt-get
+# make demo     the main job, from nothing to its report
+# make test     lint, types and tests, as CI runs them
+# make test-slurm  sweeps on a real SLURM, which it installs and starts; needs root and apt-get
+# make torture  50 short runs killed, stopped and damaged at random, taken up again, compared; half an hour
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check test-slurm clean
+.PHONY: demo test check test-slurm torture clean
 
 demo: $(READY)
 	$(BIN)/python train.py
@@ -21,6 +22,10 @@ test: $(READY)
 
 test-slurm: $(READY)
 	$(BIN)/python -m pytest tests/slurm
+
+torture: export OMP_NUM_THREADS = 1
+torture: $(READY)
+	$(BIN)/python -m benchmarks.torture
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv

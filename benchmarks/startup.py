@@ -1,6 +1,6 @@
 """How long a job with two ranks takes to its first step, beside a bare script under torchrun.
 
-    python benchmarks/startup.py [--repeats 5]
+    python -m benchmarks.startup --repeats 5
 
 Three starts in turn, the median of each: a script that imports torch, joins two ranks and takes one step of a linear
 layer in DistributedDataParallel, under torchrun; `python train.py launch.nproc_per_node=2` with small towers; and the
@@ -19,11 +19,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from tests import mini
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from tests import mini  # noqa: E402
-
 LIMIT = 6.0  # seconds on two cores
 BARE = """
 import sys
@@ -36,6 +34,7 @@ layer(torch.randn(4, 8)).sum().backward()
 torch.optim.SGD(layer.parameters(), lr=0.1).step()
 if dist.get_rank() == 0:
     Path(sys.argv[1]).write_text("a step")
+dist.destroy_process_group()
 """
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -210,4 +211,4 @@ def run(config: DictConfig, folder: Path) -> float | None:
 
 def plain(config: DictConfig) -> dict:
     """As `launch.run` hands configs over."""
-    return OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    return cast(dict, OmegaConf.to_container(config, resolve=True, enum_to_str=True))
