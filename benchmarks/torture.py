@@ -153,7 +153,7 @@ def play_round(fault: Fault, bench: Bench, folder: Path, draw: random.Random) ->
         result.outcome = "stopped itself, resumed" if code > 0 else "resumed"
         said = resume(play)
         result.problems += said.problems
-        result.lost = reached - said.went_on_after
+        result.lost = max(0, reached - said.went_on_after)  # ranks may have saved themselves since
         if end.resume_says and not re.search(end.resume_says, said.text):
             result.problems.append(f"the run that went on did not say {end.resume_says!r}")
         if result.lost > end.may_lose:

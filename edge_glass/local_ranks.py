@@ -54,7 +54,7 @@ CAUSES = ("killed", "defect", "user", "lost")
 
 def warm_up() -> None:
     """Start the server, which imports while this process goes on."""
-    multiprocessing.set_forkserver_preload(PRELOAD)
+    multiprocessing.set_forkserver_preload(["edge_glass.rank_server", *PRELOAD])
     from multiprocessing.forkserver import ensure_running
 
     ensure_running()
@@ -195,6 +195,8 @@ def _live(
     function: str, config: Any, run_dir: str, environment: dict[str, str], sender: Connection, lifeline: Connection
 ) -> None:
     """The life of a rank."""
+    for number in STOP_SIGNALS:  # which the server ignores
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells all its processes; the first one decides
     os.environ.update(environment)
     threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()

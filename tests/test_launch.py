@@ -138,7 +138,7 @@ def command(tmp_path):
     """Starts the command and waits until both ranks are there."""
     started = []
 
-    def start(function: str) -> tuple[subprocess.Popen, list[int]]:
+    def start(function: str, start_new_session: bool = False) -> tuple[subprocess.Popen, list[int]]:
         script = tmp_path / "command.py"
         script.write_text(COMMAND.format(function=function))
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -149,6 +149,7 @@ def command(tmp_path):
             text=True,
             env=environment,
             cwd=ROOT,
+            start_new_session=start_new_session,
         )
         started.append(process)
         files = [tmp_path / f"pid-{rank}" for rank in (0, 1)]
@@ -174,6 +175,15 @@ def test_a_signal_to_the_job_reaches_every_rank_and_the_job_waits_for_them(comma
     process, ranks = command("stops_when_told")
     process.send_signal(number)
     assert process.communicate()[0] == "stopped\n"
+    assert (tmp_path / "saved-0").exists() and (tmp_path / "saved-1").exists()
+    assert all(ended(pid) for pid in ranks)
+
+
+def test_a_signal_to_all_processes_lets_every_rank_save_and_the_job_know_of_it(command, tmp_path):
+    process, ranks = command("stops_when_told", start_new_session=True)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, errors = process.communicate()
+    assert (output, errors) == ("stopped\n", "")
     assert (tmp_path / "saved-0").exists() and (tmp_path / "saved-1").exists()
     assert all(ended(pid) for pid in ranks)
 

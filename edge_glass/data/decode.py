@@ -42,7 +42,7 @@ def decode_image(data: bytes, size: int) -> Tensor:
                 image.load()
                 picture = ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow's plugins raise almost anything on broken input
-        raise Undecodable(f"image: {type(error).__name__}: {error}") from error
+        raise Undecodable(f"image: {_reason(error)}") from error
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -79,7 +79,7 @@ def decode_audio(data: bytes, max_seconds: float) -> Tensor:
             samples = file.read(wanted, dtype="float32", always_2d=True)
             cut = SHORT_CHUNK.search(file.extra_info)
     except Exception as error:  # libsndfile's own errors and what a broken header leads to
-        raise Undecodable(f"audio: {type(error).__name__}: {error}") from error
+        raise Undecodable(f"audio: {_reason(error)}") from error
     if len(samples) == 0:
         raise Undecodable("audio: the clip is empty")
     if cut and int(cut["promised"]) < STREAMED:
@@ -94,3 +94,8 @@ def decode_audio(data: bytes, max_seconds: float) -> Tensor:
 
         waveform = resample(waveform, rate, SAMPLING_RATE)
     return waveform[: int(max_seconds * SAMPLING_RATE)]
+
+
+def _reason(error: Exception) -> str:
+    """The same words in every run: libraries write where in memory the bytes lie."""
+    return re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "the bytes", f"{type(error).__name__}: {error}")
