@@ -185,6 +185,8 @@ class Run:
         results = evaluate_run(self.experiment, self.run_dir, self.last_figures)
         summary |= results.summary()
         skipped |= results.skipped
+        if self.validation is not None:
+            skipped |= {sample: row.reason for sample, row in self.validation.skipped.items()}
         rows = sum(len(table) for table in self.experiment.tables.values())
         summary["skipped_rows"] = skipped_rows(skipped, rows)
         summary["total_seconds"] = round(time.monotonic() - began, 2)
