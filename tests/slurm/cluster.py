@@ -1,6 +1,6 @@
 """A real SLURM of one node on this machine, for tests: its files in a folder of its own, its ports its own.
 
-python -m tests.slurm.cluster    # install it; exit code 77 and the reason where it cannot be had
+python -m tests.slurm.cluster    # install and start it once; exit code 77 and the reason where it cannot be had
 """
 
 import contextlib
@@ -82,7 +82,10 @@ def install() -> None:
     apt_get = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=60"]
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
-        done = subprocess.run([*apt_get, *command], env=environment, capture_output=True, text=True)
+        try:
+            done = subprocess.run([*apt_get, *command], env=environment, capture_output=True, text=True, timeout=300)
+        except subprocess.TimeoutExpired as error:
+            raise NoCluster(f"apt-get {command[0]} did not end in {error.timeout:.0f} s") from error
         if done.returncode:
             raise NoCluster(f"apt-get {command[0]} failed: {(done.stderr or done.stdout).strip()}")
 
@@ -223,7 +226,8 @@ def _free_ports(count: int) -> list[int]:
 
 if __name__ == "__main__":
     try:
-        install()
-    except NoCluster as reason:
+        with running_cluster():
+            print("SLURM starts here")
+    except (NoCluster, TimeoutError) as reason:
         print(reason)
         sys.exit(77)
