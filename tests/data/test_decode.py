@@ -210,3 +210,10 @@ def test_a_header_that_promises_hours_costs_no_memory():
     wav = with_data_size(mini.wav(sine(440, 16_000)), 0x7000_0000)  # 16 hours
     with pytest.raises(Undecodable, match="truncated"):
         decode_audio(wav, max_seconds=1e9)
+
+
+@pytest.mark.parametrize(("decode", "argument"), [(decode_image, 32), (decode_audio, 1.0)])
+def test_the_reason_is_the_same_in_every_run(decode, argument):
+    with pytest.raises(Undecodable) as refused:
+        decode(b"<html>404</html>", argument)
+    assert "the bytes" in str(refused.value) and "0x" not in str(refused.value)
