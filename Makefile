@@ -1,7 +1,7 @@
 # make demo     the main job, from nothing to its report
 # make test     lint, types and tests, as CI runs them
 # make test-slurm  sweeps on a real SLURM, which it installs and starts; needs root and apt-get
-# make torture  50 short runs killed, stopped and damaged at random, taken up again, compared; half an hour
+# make torture  50 short runs killed, stopped and damaged at random, taken up again, compared; a quarter of an hour
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready

@@ -1,5 +1,6 @@
 """This process as one rank among the tasks of a SLURM job that submitit has started."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ from typing import Any
 from edge_glass.errors import Stopped, UserError
 from edge_glass.local_ranks import call
 
+log = logging.getLogger(__name__)
 PORTS = range(20_000, 32_000)
 
 
@@ -54,12 +56,22 @@ def _call_until_stopped(function: str, config: Any, run_dir: str, job: str) -> A
             return None
         # submitit acts on SIGUSR2 alone, but clusters also preempt by SIGTERM, as scancel ends a job; a preempted job
         # that ends before it is killed counts as failed.
-        if "SLURM_JOB_ID" in os.environ and _state(job) == "RUNNING":
+        if "SLURM_JOB_ID" in os.environ and _state(job, run_dir) == "RUNNING":
             signal.raise_signal(signal.SIGUSR2)  # to submitit's handler, which ends this process
         raise
 
 
-def _state(job: str) -> str:
-    """SLURM's word for where the job is; a job that scancel ends is no longer RUNNING."""
+def _state(job: str, run_dir: str) -> str:
+    """SLURM's word for where the job is, empty where it does not say; a job that scancel ends is no longer RUNNING."""
     command = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning(
+            "whether job %s was cancelled or preempted is not known (%s), so it is not queued again; go on with "
+            "training.resume=%s",
+            job,
+            error,
+            run_dir,
+        )
+        return ""

@@ -56,7 +56,7 @@ def test_a_slurm_task_is_a_rank_and_jobs_of_one_node_have_ports_of_their_own(tas
 
 
 def test_when_a_slurm_job_stops_only_its_first_task_fails(task_of_a_job, monkeypatch):
-    monkeypatch.setattr(slurm_task, "_state", lambda job: "CANCELLED")
+    monkeypatch.setattr(slurm_task, "_state", lambda job, run_dir: "CANCELLED")
     task_of_a_job(1)
     assert run_task("stopped") is None
     task_of_a_job(0)
@@ -65,7 +65,7 @@ def test_when_a_slurm_job_stops_only_its_first_task_fails(task_of_a_job, monkeyp
 
 
 def test_a_job_that_was_stopped_but_not_cancelled_is_handed_to_submitit(task_of_a_job, monkeypatch):
-    monkeypatch.setattr(slurm_task, "_state", lambda job: "RUNNING")
+    monkeypatch.setattr(slurm_task, "_state", lambda job, run_dir: "RUNNING")
     heard = []
     before = signal.signal(signal.SIGUSR2, lambda number, _: heard.append(number))
     try:
@@ -76,6 +76,16 @@ def test_a_job_that_was_stopped_but_not_cancelled_is_handed_to_submitit(task_of_
             assert len(heard) == (task == 0)
     finally:
         signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_cluster_that_does_not_say_what_it_did_costs_the_requeue_not_the_saved_run(
+    task_of_a_job, monkeypatch, tmp_path, caplog
+):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no squeue
+    task_of_a_job(0)
+    with pytest.raises(Stopped):
+        run_task("stopped")
+    assert "not queued again" in caplog.text and "training.resume=run" in caplog.text
 
 
 def test_a_job_that_may_not_be_queued_again_says_how_it_can_go_on(task_of_a_job):

@@ -1,17 +1,16 @@
 """Gradient accumulation that is exact for losses which compare the samples of a batch with each other."""
 
-import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from edge_glass.data.batch import Batch
 from edge_glass.tasks import AlignmentTask, LossGradient
+from edge_glass.training.random_state import random_state, restore_random_state
 
 
 def accumulate_exact(
@@ -72,12 +71,12 @@ def accumulate_exact(
         name: known.split([len(part[name]) for part in parts])
         for name, known in zip(embeddings, gradients, strict=False)
     }
-    for i, (batch, random_state) in enumerate(zip(micro_batches, random_states, strict=True)):
+    for i, (batch, began_with) in enumerate(zip(micro_batches, random_states, strict=True)):
         gradient = LossGradient({name: known[i] for name, known in by_modality.items()})
         last = i == len(micro_batches) - 1
         if last:
             gradient.parameters = list(gradients[len(embeddings) :])
-        random_state.restore()
+        restore_random_state(began_with)
         with task.no_sync() if isinstance(task, DistributedDataParallel) and not last else nullcontext():
             with autocast():
                 stand_in = task(batch, gradient)
@@ -88,12 +87,12 @@ def accumulate_exact(
 @torch.no_grad()
 def _embed_without_gradient(
     task: AlignmentTask, micro_batches: list[Batch], autocast: Callable[[], AbstractContextManager]
-) -> tuple[list[dict[str, Tensor]], list["_RandomState"]]:
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Any]]]:
     """The embeddings of each micro-batch and the random state it began with; buffers stay as they were."""
     buffers = {name: buffer.clone() for name, buffer in task.named_buffers()}
     parts, random_states = [], []
     for batch in micro_batches:
-        random_states.append(_RandomState())
+        random_states.append(random_state())
         with autocast():
             parts.append(task.encode(batch))
     for name, buffer in task.named_buffers():
@@ -102,20 +101,3 @@ def _embed_without_gradient(
     if any(names != modalities[0] for names in modalities):
         raise ValueError(f"micro-batches must hold the same modalities, these hold {modalities}")
     return parts, random_states
-
-
-class _RandomState:
-    """The state of all generators that a forward pass may draw from (Whisper's masking uses numpy's)."""
-
-    def __init__(self) -> None:
-        self.torch = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-        self.numpy = np.random.get_state()
-        self.python = random.getstate()
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.torch)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda)
-        np.random.set_state(self.numpy)
-        random.setstate(self.python)

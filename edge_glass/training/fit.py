@@ -3,14 +3,12 @@
 import errno
 import logging
 import os
-import random
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
@@ -36,6 +34,7 @@ from edge_glass.training.checkpoints import (
 from edge_glass.training.logs import Sink, open_sinks
 from edge_glass.training.loop import Limits, NotFinite, Trainer
 from edge_glass.training.optimization import parameter_groups
+from edge_glass.training.random_state import seed_everything
 from edge_glass.training.resume import Start, find_start
 from edge_glass.training.signals import StopSignals
 from edge_glass.training.summary import commit, peak_memory_mb, skipped_rows, versions
@@ -331,10 +330,3 @@ def set_determinism(wanted: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(wanted)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed every generator that a model may draw from."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)

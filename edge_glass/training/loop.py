@@ -2,7 +2,6 @@
 
 import logging
 import math
-import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,7 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,6 +24,7 @@ from edge_glass.training.accumulation import accumulate_exact
 from edge_glass.training.average import WeightAverage
 from edge_glass.training.checkpoints import Checkpoints
 from edge_glass.training.logs import Sink
+from edge_glass.training.random_state import random_state, restore_random_state
 from edge_glass.training.signals import StopSignals
 
 log = logging.getLogger(__name__)
@@ -229,7 +228,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this moment; every rank must call it."""
         mine = {
-            "random": _random_state(),
+            "random": random_state(),
             "recent": [{name: value.cpu() for name, value in figures.items()} for figures in self._recent],
             "skipped": self.progress.skipped,
         }
@@ -262,7 +261,7 @@ class Trainer:
         self._recent = [{name: value.to(self.device) for name, value in row.items()} for row in mine["recent"]]
         if same:
             self.progress.skipped = mine["skipped"]
-            _restore_random_state(mine["random"])
+            restore_random_state(mine["random"])
         else:  # known to all, counted once
             self.progress.skipped = {sample: reason for rank in ranks for sample, reason in rank["skipped"].items()}
 
@@ -391,25 +390,3 @@ def describe_skipped(rows: list[SkippedRow], most: int = 20) -> str:
     if len(rows) > most:
         lines.append(f"  ... and {len(rows) - most} more")
     return "\n".join(lines)
-
-
-def _random_state() -> dict[str, Any]:
-    drawn: Any = np.random.get_state()
-    version, keys, place, has_gauss, gauss = drawn
-    kind, internal, next_gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": [version, keys.tolist(), place, has_gauss, gauss],
-        "python": [kind, list(internal), next_gauss],
-    }
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    version, keys, place, has_gauss, gauss = state["numpy"]
-    np.random.set_state((version, np.array(keys, dtype=np.uint32), place, has_gauss, gauss))
-    kind, internal, next_gauss = state["python"]
-    random.setstate((kind, tuple(internal), next_gauss))

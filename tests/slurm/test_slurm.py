@@ -154,3 +154,13 @@ def test_a_job_that_is_preempted_is_queued_again_and_ends_as_if_uninterrupted(
     assert sweep.wait(LONG) == 0, told(folder)
     assert outcome(cluster, job) == ("COMPLETED", "0:0", "1")
     assert_as_uninterrupted(folder, whole_sweep)
+
+
+def test_a_job_that_fails_is_named_and_the_sweep_says_so_by_its_exit_code(start_sweep, tmp_path):
+    folder = tmp_path / "sweep"
+    short = ["training.max_steps=4", "training.eval_every=4"]
+    sweep = start_sweep(folder, *short, "training.monitor=val/mean/R@1,val/recall")
+    assert sweep.wait(LONG) == 2, told(folder)
+    printed = (folder / "launcher.txt").read_text()
+    assert "FAILED: training.monitor='val/recall'" in printed and "1 of 2 jobs completed, 1 failed" in printed
+    assert (folder / "0" / SUMMARY).is_file() and not (folder / "1" / SUMMARY).exists()
