@@ -3,11 +3,14 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
 from edge_glass.errors import Stopped, UserError
+
+SECONDS_FOR_THE_FIRST_RANK = 10
 
 
 def run_command(main: Callable[[], None], at_the_end: Callable[[], None] = lambda: None) -> None:
@@ -44,9 +47,15 @@ def run_command(main: Callable[[], None], at_the_end: Callable[[], None] = lambd
 
 
 def refuse(message: object) -> NoReturn:
-    """Print one message and exit with code 2; of the ranks of an outer torchrun only the first prints."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+    """Print one message and exit with code 2; of the ranks of an outer torchrun the first speaks for all."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        # torchrun ends all ranks as soon as one has ended, so the first must come first; a rank that fails alone is
+        # still here after that and speaks for itself.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(SECONDS_FOR_THE_FIRST_RANK)
+        message = f"rank {rank}: {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 

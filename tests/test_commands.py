@@ -146,3 +146,10 @@ def test_a_command_that_is_stopped_before_it_trains_says_so_by_its_code(command,
     outcome = command("train.py")
     assert outcome.code == code and "Traceback" not in outcome.stderr
     assert outcome.files == []
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "error: Could"), ("1", "error: rank 1: Could")])
+def test_a_rank_that_fails_alone_speaks_for_itself(command, monkeypatch, rank, said):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("edge_glass.cli.SECONDS_FOR_THE_FIRST_RANK", 0)
+    assert said in command("train.py", "training.max_stepz=3").message()
