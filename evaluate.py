@@ -12,7 +12,7 @@ from edge_glass.cli import run_command
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(config: DictConfig) -> None:
-    from edge_glass.results import evaluate_folder  # imports torch: not for --help
+    from edge_glass.experiments.build import evaluate_folder  # imports torch: not for --help
 
     evaluate_folder(config.run, config.checkpoint, config.device)
 

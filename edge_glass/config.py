@@ -90,8 +90,53 @@ class DatasetConfig:
     keep_decoded_mb: int = 512
     max_bad_share: float = 0.01
     recall: float | None = None
+    prompts: Any = None
+    instructions: str | None = None
+    instruction_share: float = 0.0
+    answered_rows: int | None = None
     views: dict[str, ViewConfig] = field(default_factory=dict)
     validation_view: str | None = None
+
+
+@dataclass
+class ObjectiveConfig:
+    """What is trained: the alignment of the towers, a decoder's answers, or both."""
+
+    alignment: Any = None
+    lm: float = 0.0
+    train_towers: bool = True
+    init_from: str | None = None
+    judged_by: str | None = None
+
+
+@dataclass
+class GenerationConfig:
+    """How a decoder's text is drawn."""
+
+    max_new_tokens: int = MISSING
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    stop: list[str] = field(default_factory=list)
+
+
+@dataclass
+class DecoderConfig:
+    """What speaks after the prefix; `model` null: nothing does."""
+
+    model: Any = None
+    tokenizer: Any = None
+    max_tokens: int = 0
+    generation: GenerationConfig | None = None
+
+
+@dataclass
+class FusionConfig:
+    """How the modalities' tokens become the decoder's prefix."""
+
+    model: Any = None
+    reads: list[str] = field(default_factory=list)
+    modality_dropout: float = 0.0
 
 
 @dataclass
@@ -163,7 +208,9 @@ class ExperimentConfig:
     backbone: Any = None
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    objective: Any = None
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -220,8 +267,7 @@ def check(config: DictConfig) -> None:
     """
     encoder, dataset, optimization, training = config.encoder, config.dataset, config.optimization, config.training
     present = modalities(config)
-    if len(present) < 2:
-        raise ConfigError(f"encoder has towers for {present}; alignment needs at least two of {list(MODALITIES)}")
+    _check_objective(config, present)
     widths = list(encoder.widths)
     if not widths or max(widths) != encoder.dim or min(widths) < 1 or len(set(widths)) != len(widths):
         raise ConfigError(
@@ -229,11 +275,11 @@ def check(config: DictConfig) -> None:
             f"positive, and "
             f"the largest is the dim, say [{encoder.dim}, {max(encoder.dim // 2, 1)}]"
         )
-    compared = config.objective.get("widths") if config.objective is not None else None
+    compared = config.objective.alignment.get("widths") if config.objective.alignment is not None else None
     if compared is not None and max(compared, default=0) > encoder.dim:
         raise ConfigError(
-            f"objective.widths={list(compared)} does not fit encoder.dim={encoder.dim}: the loss compares leading "
-            "dimensions of the embedding"
+            f"objective.alignment.widths={list(compared)} does not fit encoder.dim={encoder.dim}: the loss compares "
+            "leading dimensions of the embedding"
         )
     for name in present:
         if name != "text" and dataset[name] is None:
@@ -283,6 +329,53 @@ def check(config: DictConfig) -> None:
     if sum(dataset.shares.values()) >= 1 or min(dataset.shares.values(), default=0) < 0:
         raise ConfigError(
             f"dataset.shares={dict(dataset.shares)}: give positive shares with a sum below 1; the rest is for training"
+        )
+
+
+def _check_objective(config: DictConfig, present: list[str]) -> None:
+    """Whether there is what the objective trains."""
+    objective, decoder, dataset = config.objective, config.decoder, config.dataset
+    if objective.alignment is not None and len(present) < 2:
+        raise ConfigError(f"encoder has towers for {present}; alignment needs at least two of {list(MODALITIES)}")
+    if objective.lm < 0:
+        raise ConfigError(f"objective.lm={objective.lm}: give a weight of at least 0")
+    if decoder.model is None:
+        if objective.lm > 0:
+            raise ConfigError(
+                f"objective.lm={objective.lm} weighs a decoder's answers, but there is no decoder: give decoder=trm or "
+                "decoder=qwen, or objective=alignment"
+            )
+        if objective.alignment is None:
+            raise ConfigError("objective.alignment is null and there is no decoder: nothing would be trained")
+        return
+    if objective.lm == 0:
+        raise ConfigError(
+            "objective.lm=0: the decoder would not be trained; give objective=joint or objective=instruction, or "
+            "decoder=none"
+        )
+    if objective.alignment is not None and not objective.train_towers:
+        raise ConfigError(
+            "objective.train_towers=false leaves the towers as they are, and objective.alignment would train them: "
+            "give objective=instruction"
+        )
+    media = [name for name in MODALITIES if name != "text"]  # the text is what is to be said
+    reads = set(config.fusion.reads)
+    if reads - set(media) or not reads & set(present):
+        raise ConfigError(
+            f"fusion.reads={list(config.fusion.reads)}: give one or more of {[m for m in media if m in present]}, the "
+            "media that have a tower"
+        )
+    if not 0 <= config.fusion.modality_dropout <= 1:
+        raise ConfigError(f"fusion.modality_dropout={config.fusion.modality_dropout}: give a probability in 0..1")
+    if decoder.max_tokens < 2 or decoder.generation.max_new_tokens < 1:
+        raise ConfigError(
+            f"decoder.max_tokens={decoder.max_tokens} and decoder.generation.max_new_tokens="
+            f"{decoder.generation.max_new_tokens}: give room for a prompt and at least one token of an answer"
+        )
+    if not 0 <= dataset.instruction_share < 1 or (dataset.instruction_share > 0) != (dataset.instructions is not None):
+        raise ConfigError(
+            f"dataset.instruction_share={dataset.instruction_share}, dataset.instructions={dataset.instructions}: a "
+            "share above 0 and below 1 goes with a path of instructions, and 0 with null"
         )
 
 

@@ -3,28 +3,30 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from edge_glass.config import ConfigError, load_config
-from edge_glass.data.datasets import MediaReader
 from edge_glass.data.decode import Undecodable
 from edge_glass.data.rows import Rows
+from edge_glass.data.samples import MediaReader
+from edge_glass.evaluation.answers import Answer
 from edge_glass.evaluation.baselines import nearest_neighbour, pixel_features, speech_features
 from edge_glass.evaluation.evaluate import Embedded, ViewResult, examples
+from edge_glass.evaluation.text import plain
 from edge_glass.evaluation.views import Views
-from edge_glass.experiment import Experiment, build_experiment
-from edge_glass.reports.figures import Card, Found, retrieval_gallery
+from edge_glass.reports.figures import Card, Found, Said, answer_gallery, retrieval_gallery
 from edge_glass.reports.report import FIGURES, terminal_table, write_report
-from edge_glass.runs import CONFIG, SUMMARY, read_json, write_json
-from edge_glass.tasks import AlignmentTask
-from edge_glass.training.checkpoints import Checkpoints, judged_weights, load_weights
+from edge_glass.tasks.alignment import AlignmentTask
+
+if TYPE_CHECKING:
+    from edge_glass.experiments.multimodal import MultimodalExperiment
 
 WORDS = {"image": "drawing", "audio": "speech", "text": "name"}
 BASELINES = {"image": "nearest_pixels", "audio": "nearest_log_mel"}
+SPOKEN = 8  # answers of each set of media in the picture
 GALLERY_DIRECTIONS = (
     ("image", "text"),
     ("audio", "text"),
@@ -38,11 +40,12 @@ class RunResults:
     """What `evaluate_run` found.
 
     Attributes:
-        views: figures of the test views.
-        metrics: those, and the validation figures of the end of training.
+        views: retrieval figures of the test views.
+        metrics: those, the figures of the answers, and the validation figures of the end of training.
         baselines: chance and nearest neighbours.
         skipped: rows that could not be decoded, sample id -> reason.
         gallery: heading -> queries with their answers, for the picture.
+        spoken: heading -> media with what a decoder said of them, for the picture.
     """
 
     views: ViewResult
@@ -50,6 +53,7 @@ class RunResults:
     baselines: dict[str, float]
     skipped: dict[str, str]
     gallery: dict[str, list[Found]] = field(default_factory=dict)
+    spoken: dict[str, list[Said]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """The part of summary.json that this is."""
@@ -57,12 +61,15 @@ class RunResults:
 
     def show(self, run_dir: Path, summary: Mapping[str, Any]) -> None:
         """Draw the figures, write report.md and print the table."""
-        retrieval_gallery(self.gallery, run_dir / FIGURES / "retrieval_gallery.png")
+        if self.gallery:
+            retrieval_gallery(self.gallery, run_dir / FIGURES / "retrieval_gallery.png")
+        if self.spoken:
+            answer_gallery(self.spoken, run_dir / FIGURES / "answers.png")
         report = write_report(run_dir)
         print(f"\n{terminal_table(summary)}\nreport: {report}", flush=True)
 
 
-def evaluate_run(experiment: Experiment, run_dir: Path, validation: Mapping[str, float]) -> RunResults:
+def evaluate_run(experiment: "MultimodalExperiment", run_dir: Path, validation: Mapping[str, float]) -> RunResults:
     """Evaluate a trained experiment on every view of its data set but the validation one.
 
     Args:
@@ -73,15 +80,22 @@ def evaluate_run(experiment: Experiment, run_dir: Path, validation: Mapping[str,
     dataset = experiment.config.dataset
     names = [name for name in dataset.views if name != dataset.validation_view] or list(dataset.views)
     views = experiment.views(names)
-    embedded = views.embed(experiment.task, experiment.device)
-    result = views.measure(embedded)
-    baselines = {**result.chance, **_nearest(experiment, views, names[0], embedded)}
+    result, baselines, gallery = ViewResult(), {}, {}
+    if experiment.is_aligned:
+        embedded = views.embed(experiment.task, experiment.device)
+        result = views.measure(embedded)
+        baselines = {**result.chance, **_nearest(experiment, views, names[0], embedded)}
+        gallery = _gallery(views, names[0], embedded)
+    interview = experiment.interview(views)
+    answers = {} if interview is None else interview.answers(experiment.task, experiment.device)
+    said = {} if interview is None else interview.figures(answers)
     return RunResults(
         views=result,
-        metrics={**result.metrics, **validation},
+        metrics={**result.metrics, **said, **validation},
         baselines=baselines,
         skipped={sample: row.reason for sample, row in views.skipped.items()},
-        gallery=_gallery(views, names[0], embedded),
+        gallery=gallery,
+        spoken=_spoken(views, names[0], answers),
     )
 
 
@@ -93,42 +107,9 @@ def validation_figures(views: Views, task: AlignmentTask, device: torch.device) 
     return figures | {f"{view}/mean/R@1": sum(recalls) / len(recalls)}
 
 
-def evaluate_folder(folder: str, checkpoint: str = "last", device: str = "auto") -> dict[str, Any]:
-    """Evaluate the checkpoint of a finished or stopped run and write its summary, figures and report anew.
-
-    Args:
-        folder: the run's folder.
-        checkpoint: `last` or `best`.
-        device: `auto`, `cpu` or `cuda`.
-
-    Returns:
-        The summary.
-
-    Raises:
-        UserError: no run there, or no checkpoint that fits it.
-    """
-    run_dir = Path(folder).expanduser()
-    if checkpoint not in ("last", "best"):
-        raise ConfigError(f"checkpoint={checkpoint!r}: give 'last' or 'best'")
-    if not (run_dir / CONFIG).is_file():
-        raise ConfigError(f"run={folder}: no run there ({run_dir / CONFIG} is missing)")
-    weights = Checkpoints(run_dir).find(checkpoint)
-    config = load_config(run_dir / CONFIG)
-    config.training.device = device
-    experiment = build_experiment(config)
-    load_weights(experiment.task, weights, judged_weights(weights))
-    path = run_dir / SUMMARY
-    summary = read_json(path) if path.is_file() else {"name": config.name}
-    view = config.dataset.validation_view
-    validation = validation_figures(experiment.views([view]), experiment.task, experiment.device) if view else {}
-    results = evaluate_run(experiment, run_dir, validation)
-    summary |= {"checkpoint": checkpoint, "evaluated": weights.name, **results.summary()}
-    write_json(path, summary)
-    results.show(run_dir, summary)
-    return summary
-
-
-def _nearest(experiment: Experiment, views: Views, view: str, embedded: Mapping[str, Embedded]) -> dict[str, float]:
+def _nearest(
+    experiment: "MultimodalExperiment", views: Views, view: str, embedded: Mapping[str, Embedded]
+) -> dict[str, float]:
     """What the nearest training drawing or clip, untrained, would have answered in the first test view."""
     queries, _ = views.rows_of(view, embedded)
     found = {}
@@ -151,7 +132,7 @@ def _nearest(experiment: Experiment, views: Views, view: str, embedded: Mapping[
     return found
 
 
-def _raw_features(rows: Rows, modality: str, experiment: Experiment) -> tuple[Tensor, Tensor, list[str]]:
+def _raw_features(rows: Rows, modality: str, experiment: "MultimodalExperiment") -> tuple[Tensor, Tensor, list[str]]:
     """Features of the readable rows before any training, their concept ids, their sample ids."""
     reader = MediaReader(rows, modality, experiment.decoding)
     concepts = rows.column("concept_id")
@@ -194,10 +175,32 @@ def _gallery(views: Views, view: str, embedded: Mapping[str, Embedded]) -> dict[
     return shown
 
 
+def _spoken(views: Views, view: str, answers: Mapping[tuple[str, str], list[Answer]]) -> dict[str, list[Said]]:
+    """A few answers about each set of media, drawn at random (not picked for looks)."""
+    shown = {}
+    for (of, media), found in answers.items():
+        if of != view:
+            continue
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:SPOKEN].tolist()
+        shown[" and ".join(WORDS[name] for name in media.split("_"))] = [
+            Said(
+                [_card_of(views, modality, place) for modality, place in answer.places.items()],
+                answer.said,
+                answer.references[0],
+                plain(answer.said) in map(plain, answer.references),
+            )
+            for answer in (found[row] for row in order)
+        ]
+    return shown
+
+
 def _card(views: Views, embedded: Mapping[str, Embedded], modality: str, row: int) -> Card:
     sample = embedded[modality].sample_ids[row]
+    return _card_of(views, modality, views.batches[modality].places[sample])
+
+
+def _card_of(views: Views, modality: str, place: int) -> Card:
     batches = views.batches[modality]
-    place = batches.places[sample]
     name = batches.captions[place]
     if batches.reader is None:
         return Card(name)

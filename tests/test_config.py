@@ -25,7 +25,10 @@ PATHS = {
     "dataset/image_text": ["encoder=vision_text", "dataset.image=pictures"],
     "dataset/audio_text": ["encoder=audio_text", "dataset.audio=speech"],
     "dataset/triplets": ["dataset.image=pictures", "dataset.audio=speech"],
+    "objective/joint": ["decoder=trm"],
+    "objective/instruction": ["decoder=trm"],
 }
+SHARED = ("space", "prompts", "text", "reads")  # files that are part of every option of their group
 PARTS = {  # groups that a tower takes in: at which places
     "resampler": [f"resampler@encoder.{name}.resampler" for name in ("image", "audio", "text")],
     "projection": [f"projection@encoder.{name}.projection" for name in ("image", "audio", "text")],
@@ -38,7 +41,7 @@ def options() -> list[tuple[str, ...]]:
     found = []
     for file in sorted(mini.CONF.glob("*/*.yaml")):
         group, option = file.parent.name, file.stem
-        if group in NO_GROUPS or file.name == "space.yaml":
+        if group in NO_GROUPS or option in SHARED:
             continue
         places = ["projection@encoder.text.projection"] if option == "whitened" else PARTS.get(group, [group])
         found += [(f"{place}={option}", *PATHS.get(f"{group}/{option}", ())) for place in places]
@@ -101,7 +104,7 @@ def test_an_encoder_has_the_towers_that_its_name_says(option, present):
 def test_the_space_is_written_once_and_reaches_every_tower_and_the_loss():
     config = checked("encoder.dim=96", "encoder.widths=[96,24]")
     assert [config.encoder[name].projection.out_dim for name in modalities(config)] == [96, 96, 96]
-    assert list(config.objective.widths) == [96, 24]
+    assert list(config.objective.alignment.widths) == [96, 24]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +132,7 @@ def test_the_space_is_written_once_and_reaches_every_tower_and_the_loss():
         (["optimization.negative_captions=-1"], ["optimization.negative_captions=-1"]),
         (["encoder.widths=[]"], ["encoder.widths=[]"]),
         (["encoder.widths=wide"], ["encoder.widths=wide"]),
-        (["objective.widths=[9999]"], ["objective.widths=[9999]", "encoder.dim="]),
+        (["objective.alignment.widths=[9999]"], ["objective.alignment.widths=[9999]", "encoder.dim="]),
         (["encoder.image=null", "encoder.audio=null"], ["encoder", "['text']", "at least two"]),
         (["encoder=vision_text", "dataset=image_text"], ["dataset.image=<path>"]),
         (["dataset.image=null"], ["dataset.image=<path>", "encoder=audio_text"]),

@@ -13,8 +13,7 @@ from edge_glass import launch
 from edge_glass.config import load_config, to_experiment
 from edge_glass.data.rows import data_hash, read_tables
 from edge_glass.errors import UserError
-from edge_glass.experiment import build_experiment
-from edge_glass.results import evaluate_folder
+from edge_glass.experiments.build import build_experiment, evaluate_folder
 from edge_glass.training.checkpoints import CheckpointError, Checkpoints
 from edge_glass.training.loop import Trainer
 from tests import mini
@@ -301,7 +300,7 @@ def test_a_run_that_is_out_of_time_ends_with_everything_in_place(start, tmp_path
         ("training.monitor=val/recall", r"training\.monitor='val/recall'.*val/mean/R@1"),
         ("training.monitor=test/image_to_text/R@1", "training.monitor.*validation_view"),
         ("dataset.views.val.queries={image: {split: [vall]}}", "vall"),
-        ("+objective.pair_weights={image_txt: 1.0}", "image_txt"),
+        ("+objective.alignment.pair_weights={image_txt: 1.0}", "image_txt"),
     ],
     ids=lambda value: value.split("=")[0],
 )

@@ -33,6 +33,31 @@ class AudioClips:
 
 
 @dataclass
+class Dialogue:
+    """Prompts, with or without answers, as a decoder's token ids; a row a sample.
+
+    Attributes:
+        ids: `[batch, tokens]` int64.
+        real: `[batch, tokens]` bool, False for padding.
+        answer: `[batch, tokens]` bool, True for the tokens that carry loss: the answer and the end after it.
+    """
+
+    ids: Tensor
+    real: Tensor
+    answer: Tensor
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def __getitem__(self, rows: slice | Tensor) -> "Dialogue":
+        return Dialogue(self.ids[rows], self.real[rows], self.answer[rows])
+
+    def to(self, device) -> "Dialogue":
+        """The same tokens on another device."""
+        return Dialogue(*(part.to(device, non_blocking=True) for part in (self.ids, self.real, self.answer)))
+
+
+@dataclass
 class SkippedRow:
     """A row that could not be decoded, and why."""
 
@@ -42,16 +67,22 @@ class SkippedRow:
 
 @dataclass
 class Batch:
-    """Samples of any subset of the modalities; row i of each part belongs to sample i.
+    """Samples of any subset of the modalities.
+
+    Row i of each modality belongs to sample i, unless `rows` says otherwise: a modality that some samples lack holds
+    those of the others only.
 
     Attributes:
         sample_ids: names of the rows, for messages and reports.
         concept_ids: `[batch]` int64; rows with equal ids are positives of each other.
-        image: `[batch, 3, height, width]` float32, normalised for the image tower.
+        image: `[images, 3, height, width]` float32, normalised for the image tower.
         audio: the waveforms.
-        text: one caption a sample.
+        text: captions.
+        rows: modality -> `[inputs]` int64, rising: the samples that its inputs belong to; not there: all of them.
         extra_text: captions of other concepts, negatives for every sample; they belong to no row.
         extra_ids: `[len(extra_text)]` int64, their concepts; None without them.
+        dialogue: what a decoder is asked about each sample, and the answers; None without a decoder.
+        shown: modality -> `[batch]` bool, the samples whose modality the decoder sees; not there: none.
         skipped: rows that were met on the way to this batch and could not be decoded.
     """
 
@@ -60,8 +91,11 @@ class Batch:
     image: Tensor | None = None
     audio: AudioClips | None = None
     text: list[str] | None = None
+    rows: dict[str, Tensor] = field(default_factory=dict)
     extra_text: list[str] = field(default_factory=list)
     extra_ids: Tensor | None = None
+    dialogue: Dialogue | None = None
+    shown: dict[str, Tensor] = field(default_factory=dict)
     skipped: list[SkippedRow] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -85,9 +119,12 @@ class Batch:
 
     def ids(self) -> dict[str, Tensor]:
         """Modality -> the concept of each of its inputs, `[inputs]`; equal ids are positives of each other."""
-        ids = dict.fromkeys(self.modalities(), self.concept_ids)
+        ids = {
+            name: self.concept_ids[self.rows[name]] if name in self.rows else self.concept_ids
+            for name in self.modalities()
+        }
         if "text" in ids and self.extra_ids is not None:
-            ids["text"] = torch.cat([self.concept_ids, self.extra_ids])
+            ids["text"] = torch.cat([ids["text"], self.extra_ids])
         return ids
 
     def to(self, device) -> "Batch":
@@ -97,6 +134,9 @@ class Batch:
             concept_ids=self.concept_ids.to(device, non_blocking=True),
             image=None if self.image is None else self.image.to(device, non_blocking=True),
             audio=None if self.audio is None else self.audio.to(device),
+            rows={name: rows.to(device, non_blocking=True) for name, rows in self.rows.items()},
+            dialogue=None if self.dialogue is None else self.dialogue.to(device),
+            shown={name: shown.to(device, non_blocking=True) for name, shown in self.shown.items()},
             extra_ids=None if self.extra_ids is None else self.extra_ids.to(device, non_blocking=True),
         )
 
@@ -112,16 +152,23 @@ class Batch:
         slices = [slice(start, start + size) for start in range(0, len(self), size)]
         cuts = [len(self.extra_text) * part // parts for part in range(parts + 1)]
         extras = [slice(start, stop) for start, stop in pairwise(cuts)]
-        return [
-            Batch(
-                sample_ids=self.sample_ids[rows],
-                concept_ids=self.concept_ids[rows],
-                image=None if self.image is None else self.image[rows],
-                audio=None if self.audio is None else self.audio[rows],
-                text=None if self.text is None else self.text[rows],
-                extra_text=self.extra_text[extra],
-                extra_ids=None if self.extra_ids is None else self.extra_ids[extra],
-                skipped=self.skipped if rows.start == 0 else [],
-            )
-            for rows, extra in zip(slices, extras, strict=True)
-        ]
+        return [self._part(rows, extra) for rows, extra in zip(slices, extras, strict=True)]
+
+    def _part(self, samples: slice, extra: slice) -> "Batch":
+        inputs = dict.fromkeys(MODALITIES, samples)
+        for name, rows in self.rows.items():  # rising, so those of the part lie side by side
+            begin, end = torch.searchsorted(rows, torch.tensor([samples.start, samples.stop], device=rows.device))
+            inputs[name] = slice(int(begin), int(end))
+        return Batch(
+            sample_ids=self.sample_ids[samples],
+            concept_ids=self.concept_ids[samples],
+            image=None if self.image is None else self.image[inputs["image"]],
+            audio=None if self.audio is None else self.audio[inputs["audio"]],
+            text=None if self.text is None else self.text[inputs["text"]],
+            rows={name: rows[inputs[name]] - samples.start for name, rows in self.rows.items()},
+            extra_text=self.extra_text[extra],
+            extra_ids=None if self.extra_ids is None else self.extra_ids[extra],
+            dialogue=None if self.dialogue is None else self.dialogue[samples],
+            shown={name: shown[samples] for name, shown in self.shown.items()},
+            skipped=self.skipped if samples.start == 0 else [],
+        )

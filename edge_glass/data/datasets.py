@@ -1,115 +1,12 @@
 """Training sets: what one index gives, for every combination of modalities."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from edge_glass.data.batch import SkippedRow
-from edge_glass.data.decode import Undecodable, decode_audio, decode_image
 from edge_glass.data.rows import DataError, Rows
-
-# An index is (epoch, place): what a sample looks like follows from (seed, epoch, place) alone.
-Index = tuple[int, int]
-
-
-@dataclass
-class Sample:
-    """One training sample.
-
-    Attributes:
-        sample_id: names of the rows it was made from.
-        concept_id: what it shows or says.
-        generator: the sample's own random stream, for the augmentation that follows.
-        image: `[3, side, side]` uint8.
-        audio: `[samples]` float32 at 16 kHz.
-        text: a caption.
-        skipped: rows that could not be decoded and were replaced by this one.
-    """
-
-    sample_id: str
-    concept_id: int
-    generator: np.random.Generator
-    image: Tensor | None = None
-    audio: Tensor | None = None
-    text: str | None = None
-    skipped: list[SkippedRow] = field(default_factory=list)
-
-
-@dataclass
-class Decoding:
-    """How media are decoded, as the towers need them, and the memory that keeps what was decoded.
-
-    Attributes:
-        image_size: side of a picture in pixels.
-        seconds: the longest clip; what comes after is cut.
-        keep_mb: decoded media kept in memory, MiB a process; 0 decodes again each time.
-    """
-
-    image_size: int = 224
-    seconds: float = 30.0
-    keep_mb: int = 512
-
-    def __post_init__(self) -> None:
-        self.kept: dict[tuple[str, str], Tensor] = {}
-        self.free_bytes = self.keep_mb * 2**20
-
-    def decode(self, modality: str, data: bytes) -> Tensor:
-        """A picture `[3, side, side]` uint8 or a clip `[samples]` float32.
-
-        Raises:
-            Undecodable: with the reason.
-        """
-        if modality == "image":
-            return decode_image(data, self.image_size)
-        return decode_audio(data, self.seconds)
-
-    def keep(self, key: tuple[str, str], media: Tensor) -> None:
-        """Keep what was decoded, until the memory is full."""
-        if self.free_bytes >= media.nbytes:
-            self.free_bytes -= media.nbytes
-            self.kept[key] = media
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A worker process starts with an empty memory.
-        return {**self.__dict__, "kept": {}, "free_bytes": self.keep_mb * 2**20}
-
-
-class MediaReader:
-    """The decoded image or audio of each row.
-
-    Args:
-        rows: of one data set; readers that share a `decoding` share its memory, by sample id.
-        modality: `image` or `audio`.
-        decoding: what the tower needs.
-    """
-
-    def __init__(self, rows: Rows, modality: str, decoding: Decoding):
-        self.rows = rows
-        self.modality = modality
-        self.decoding = decoding
-        self.sample_ids = rows.column("sample_id")
-
-    def read(self, row: int) -> Tensor:
-        """The row's media.
-
-        Raises:
-            Undecodable: with the reason.
-        """
-        key = (self.modality, self.sample_ids[row])
-        if key in self.decoding.kept:
-            return self.decoding.kept[key]
-        try:
-            data = self.rows.media(self.modality, row)
-        except OSError as error:
-            raise Undecodable(f"{self.modality}: {error}") from error
-        media = self.decoding.decode(self.modality, data)
-        self.decoding.keep(key, media)
-        return media
+from edge_glass.data.samples import Decoding, Index, MediaReader, Sample, first_readable, read_media
 
 
 class Captions:
@@ -205,9 +102,10 @@ class TriModalDataset(Dataset[Sample]):
         return NegativeCaptions(self.captions[name], by_concept, count) if count > 0 else None
 
     def __getitem__(self, index: Index) -> Sample:
-        return _first_readable(index, self.seed, len(self), self._sample)
+        return first_readable(index, self.seed, len(self), lambda *where: self.sample(*where)[0])
 
-    def _sample(self, place: int, generator: np.random.Generator) -> Sample:
+    def sample(self, place: int, generator: np.random.Generator) -> tuple[Sample, int]:
+        """The sample at a place of the set, and the row of the first table that its caption is of."""
         concept, turn = self.places[place]
         rows = {name: self.by_concept[name][concept] for name in self.readers}
         most = max(len(choices) for choices in rows.values())
@@ -215,9 +113,9 @@ class TriModalDataset(Dataset[Sample]):
             name: choices[turn] if len(choices) == most else choices[generator.integers(len(choices))]
             for name, choices in rows.items()
         }
-        media = {name: _read(self.readers[name], row) for name, row in chosen.items()}
+        media = {name: read_media(self.readers[name], row) for name, row in chosen.items()}
         first = next(iter(chosen))
-        return Sample(
+        sample = Sample(
             sample_id="+".join(self.readers[name].sample_ids[row] for name, row in chosen.items()),
             concept_id=concept,
             generator=generator,
@@ -225,6 +123,7 @@ class TriModalDataset(Dataset[Sample]):
             audio=media.get("audio"),
             text=self.captions[first].draw(chosen[first], generator),
         )
+        return sample, chosen[first]
 
 
 class ImageTextDataset(TriModalDataset):
@@ -253,105 +152,6 @@ class AudioTextDataset(TriModalDataset):
 
     def __init__(self, rows: dict[str, Rows], decoding: Decoding, keyword_share: float = 0.0, seed: int = 0):
         super().__init__(_only(rows, "audio"), decoding, keyword_share, seed)
-
-
-@dataclass
-class InstructionSample:
-    """An instruction with its answer, and the media it speaks of.
-
-    Attributes:
-        sample_id: the row's name.
-        instruction: what is asked.
-        input: further text that belongs to the question, or "".
-        output: the answer.
-        image: `[3, side, side]` uint8.
-        audio: `[samples]` float32 at 16 kHz.
-        skipped: rows that could not be decoded and were replaced by this one.
-    """
-
-    sample_id: str
-    instruction: str
-    input: str
-    output: str
-    image: Tensor | None = None
-    audio: Tensor | None = None
-    skipped: list[SkippedRow] = field(default_factory=list)
-
-
-class InstructionDataset(Dataset[InstructionSample]):
-    """Instructions with answers, with an image or a clip where the row has one.
-
-    Args:
-        rows: columns `instruction`, `output`, and optionally `input`, `image`, `audio`.
-        decoding: what the towers need.
-        seed: of the choice of a replacement for a broken row.
-
-    Raises:
-        DataError: a column is missing.
-    """
-
-    def __init__(self, rows: Rows, decoding: Decoding, seed: int = 0):
-        self.seed = seed
-        self.sample_ids = rows.column("sample_id")
-        self.instructions = rows.column("instruction")
-        self.outputs = rows.column("output")
-        self.inputs = rows.column("input") if "input" in rows.columns else [""] * len(rows)
-        self.readers = {name: MediaReader(rows, name, decoding) for name in ("image", "audio") if name in rows.columns}
-        self.has_media = {name: [bool(value) for value in rows.column(name)] for name in self.readers}
-
-    def __len__(self) -> int:
-        return len(self.sample_ids)
-
-    def __getitem__(self, index: Index) -> InstructionSample:
-        return _first_readable(index, self.seed, len(self), self._sample)
-
-    def _sample(self, row: int, generator: np.random.Generator) -> InstructionSample:
-        answer = self.outputs[row]
-        if not answer or not answer.strip():
-            raise _BrokenRow(self.sample_ids[row], "output: empty, so there is nothing to learn from")
-        media = {name: _read(reader, row) for name, reader in self.readers.items() if self.has_media[name][row]}
-        return InstructionSample(
-            sample_id=self.sample_ids[row],
-            instruction=self.instructions[row] or "",
-            input=self.inputs[row] or "",
-            output=answer,
-            image=media.get("image"),
-            audio=media.get("audio"),
-        )
-
-
-class _BrokenRow(Exception):
-    def __init__(self, sample_id: str, reason: str):
-        super().__init__(f"{sample_id}: {reason}")
-        self.row = SkippedRow(sample_id, reason)
-
-
-def _read(reader: MediaReader, row: int) -> Tensor:
-    try:
-        return reader.read(row)
-    except Undecodable as error:
-        raise _BrokenRow(reader.sample_ids[row], str(error)) from error
-
-
-def _first_readable(index: Index, seed: int, count: int, sample: Callable[[int, np.random.Generator], Any]) -> Any:
-    """The sample at `index`, or, if its row is broken, another drawn at random, so that batches keep their size.
-
-    Ranks gather embeddings of equal batch sizes, so a broken row is replaced, and reported, not left out.
-    """
-    epoch, place = index
-    generator = np.random.default_rng((seed, epoch, place))
-    skipped: list[SkippedRow] = []
-    for _ in range(20):
-        try:
-            found = sample(place, generator)
-        except _BrokenRow as broken:
-            skipped.append(broken.row)
-            place = int(generator.integers(count))
-        else:
-            found.skipped = skipped
-            return found
-    listed = "\n".join(f"  {row.sample_id}: {row.reason}" for row in skipped)
-    raise DataError(f"20 rows in a row cannot be decoded:\n{listed}")
 
 
 def _rows_by_concept(rows: Rows) -> dict[int, list[int]]:

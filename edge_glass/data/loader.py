@@ -3,7 +3,8 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +13,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Sampler
 
 from edge_glass.data.augment import ImageAugment
-from edge_glass.data.batch import AudioClips, Batch, SkippedRow
-from edge_glass.data.datasets import Decoding, Index, MediaReader, NegativeCaptions, Sample
+from edge_glass.data.batch import MODALITIES, AudioClips, Batch, SkippedRow
+from edge_glass.data.datasets import NegativeCaptions
 from edge_glass.data.decode import Undecodable
+from edge_glass.data.dialogue import Chat
 from edge_glass.data.rows import DataError, Rows
+from edge_glass.data.samples import Decoding, Index, MediaReader, Sample
 
 
 class EpochBatches(Sampler[list[Index]]):
@@ -67,6 +70,7 @@ class Collate:
         std: likewise.
         image_augment: training-time variation of images, or None.
         negative_captions: draws captions of further concepts for each training batch, or None.
+        chat: the decoder's tokens, where there is a decoder.
     """
 
     def __init__(
@@ -75,28 +79,37 @@ class Collate:
         std: list[float],
         image_augment: ImageAugment | None = None,
         negative_captions: NegativeCaptions | None = None,
+        chat: Chat | None = None,
     ):
         self.negative_captions = negative_captions
+        self.chat = chat
         self.mean = torch.tensor(mean).view(1, 3, 1, 1)
         self.std = torch.tensor(std).view(1, 3, 1, 1)
         self.image_augment = image_augment
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        generators = [sample.generator for sample in samples]
+        generators = [sample.generator for sample in samples if sample.image is not None]
         images = [sample.image for sample in samples if sample.image is not None]
         clips = [sample.audio for sample in samples if sample.audio is not None]
         texts = [sample.text for sample in samples if sample.text is not None]
         concepts = [sample.concept_id for sample in samples]
         captions = self.negative_captions
-        extra_text, extra_ids = ([], None) if captions is None else captions.draw(concepts, generators[0])
+        extra_text, extra_ids = ([], None) if captions is None else captions.draw(concepts, samples[0].generator)
+        exchanges = [sample.exchange for sample in samples if sample.exchange is not None]
         return Batch(
             sample_ids=[sample.sample_id for sample in samples],
             concept_ids=torch.tensor(concepts),
             image=self.pixels(images, generators) if images else None,
             audio=self.waveforms(clips) if clips else None,
             text=texts or None,
+            rows=_partial_rows(samples),
             extra_text=extra_text,
             extra_ids=extra_ids,
+            dialogue=self.chat.dialogue(exchanges) if self.chat is not None and exchanges else None,
+            shown={
+                name: torch.tensor([name in sample.shown for sample in samples])
+                for name in dict.fromkeys(part for sample in samples for part in sample.shown)
+            },
             skipped=[row for sample in samples for row in sample.skipped],
         )
 
@@ -112,8 +125,16 @@ class Collate:
         return AudioClips(pad_sequence(clips, batch_first=True), torch.tensor([len(clip) for clip in clips]))
 
 
+def _partial_rows(samples: list[Sample]) -> dict[str, Tensor]:
+    """Of modalities that only some samples have: which those are."""
+    rows = {
+        name: [row for row, sample in enumerate(samples) if getattr(sample, name) is not None] for name in MODALITIES
+    }
+    return {name: torch.tensor(part) for name, part in rows.items() if 0 < len(part) < len(samples)}
+
+
 def training_loader(
-    dataset, collate: Collate, batches: EpochBatches, workers: int = 0, pin_memory: bool = False
+    dataset, collate: Callable[[list], Any], batches: EpochBatches, workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
     """Training batches without end, in the order of `batches`."""
     if workers:  # the text tower's tokenizer has threads of its own, which do not survive a fork

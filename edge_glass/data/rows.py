@@ -14,7 +14,16 @@ import pyarrow.parquet as pq
 from edge_glass.errors import UserError
 
 # Other spellings of a column -> the name used here.
-ALIASES = {"caption": "text", "image_path": "image", "audio_path": "audio", "voice": "source", "id": "sample_id"}
+ALIASES = {
+    "caption": "text",
+    "image_path": "image",
+    "audio_path": "audio",
+    "voice": "source",
+    "id": "sample_id",
+    "system_prompt": "system",  # this and the next two: OpenOrca
+    "question": "instruction",
+    "response": "output",
+}
 IDS = ("sample_id", "concept_id")
 REPOSITORY = Path(__file__).resolve().parents[2]
 

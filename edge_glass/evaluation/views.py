@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from edge_glass.data.batch import MODALITIES, SkippedRow
-from edge_glass.data.datasets import Decoding
 from edge_glass.data.loader import Collate, EvaluationBatches
 from edge_glass.data.rows import DataError, Rows
+from edge_glass.data.samples import Decoding
 from edge_glass.evaluation.evaluate import Embedded, Encodes, ViewResult, embed, evaluate_view
 
 Conditions = Mapping[str, Any]  # column -> value or values

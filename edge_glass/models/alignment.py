@@ -1,11 +1,9 @@
 """Towers, and the model that puts their modalities into one space."""
 
-from typing import TypedDict
-
 from torch import Tensor, nn
 
 from edge_glass.data.batch import MODALITIES, AudioClips, Batch
-from edge_glass.encoders.tokens import Encoder
+from edge_glass.encoders.tokens import Encoder, Tokens
 from edge_glass.models.perceiver import PerceiverResampler
 from edge_glass.models.pooling import SegmentPool
 from edge_glass.models.projection import ProjectionHead, WhitenedProjection
@@ -52,16 +50,22 @@ class Tower(nn.Module):
         """Width of the embedding."""
         return self.projection.out_dim
 
+    def tokens(self, inputs: Inputs) -> Tokens:
+        """What is pooled, and what a decoder reads: `[batch, tokens, encoder.dim]`."""
+        tokens = self.encoder(inputs)
+        return tokens if self.resampler is None else self.resampler(tokens)
+
     def features(self, inputs: Inputs) -> Tensor:
         """What the projection reads, `[batch, projection.in_dim]`."""
-        tokens = self.encoder(inputs)
-        if self.resampler is not None:
-            tokens = self.resampler(tokens)
-        return self.pool(tokens)
+        return self.pool(self.tokens(inputs))
+
+    def embed(self, tokens: Tokens) -> Tensor:
+        """Embeddings `[batch, out_dim]` of tokens, not normalised."""
+        return self.projection(self.pool(tokens))
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Embeddings `[batch, out_dim]`, not normalised."""
-        return self.projection(self.features(inputs))
+        return self.embed(self.tokens(inputs))
 
 
 class MultimodalAlignmentModel(nn.Module):
@@ -85,6 +89,14 @@ class MultimodalAlignmentModel(nn.Module):
         self.out_dim = next(iter(widths.values()))
         self.recall: CaptionRecall | None = None
 
+    def parts(self) -> dict[str, nn.Module]:
+        """The parts of each tower, such as `image.encoder`."""
+        return {
+            f"{modality}.{name}": part
+            for modality, tower in self.towers.items()
+            for name, part in tower.named_children()
+        }
+
     def encode(self, modality: str, inputs: Inputs) -> Tensor:
         """Embeddings `[batch, out_dim]` of one modality, not normalised.
 
@@ -96,56 +108,36 @@ class MultimodalAlignmentModel(nn.Module):
         """
         if modality not in self.towers:
             raise ValueError(f"no tower for {modality!r}; this model has {list(self.towers)}")
-        embeddings = self.towers[modality](inputs)
+        return self.embed(modality, self.tower(modality).tokens(inputs))
+
+    def embed(self, modality: str, tokens: Tokens) -> Tensor:
+        """Embeddings `[batch, out_dim]` of a tower's tokens; see `encode`."""
+        embeddings = self.tower(modality).embed(tokens)
         if self.recall is None or self.training or modality == "text":
             return embeddings
         return self.recall(embeddings)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Embeddings `[batch, out_dim]` of each modality that both the batch and the model have.
+    def tower(self, modality: str) -> Tower:
+        """The tower of a modality that has one."""
+        tower = self.towers.get_submodule(modality)
+        assert isinstance(tower, Tower)
+        return tower
+
+    def shared(self, batch: Batch) -> list[str]:
+        """The modalities that both the batch and the model have.
 
         Raises:
-            ValueError: they have none in common.
+            ValueError: there are none.
         """
         shared = [name for name in batch.modalities() if name in self.towers]
         if not shared:
             raise ValueError(f"the batch holds {batch.modalities()}, the model has towers for {list(self.towers)}")
-        return {name: self.encode(name, batch.inputs(name)) for name in shared}
+        return shared
 
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Embeddings `[inputs, out_dim]` of each modality that both the batch and the model have.
 
-class ParameterRow(TypedDict):
-    """Parameters of one part: all of them, and those that are trained."""
-
-    part: str
-    total: int
-    trainable: int
-
-
-def parameter_table(model: MultimodalAlignmentModel) -> list[ParameterRow]:
-    """Parameter counts of each part of each tower, such as `image.encoder`, and of the whole, `total`."""
-    parts = [
-        (f"{modality}.{name}", part)
-        for modality, tower in model.towers.items()
-        for name, part in tower.named_children()
-    ]
-    rows = [_count(name, part) for name, part in [*parts, ("total", model)]]
-    return [row for row in rows if row["total"]]
-
-
-def format_parameter_table(rows: list[ParameterRow]) -> str:
-    """The table as lines of text for the terminal."""
-    lines = [("part", "parameters", "trainable")]
-    lines += [(row["part"], f"{row['total']:,}", f"{row['trainable']:,}") for row in rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(3)]
-    return "\n".join(
-        f"{part:<{widths[0]}}  {total:>{widths[1]}}  {trainable:>{widths[2]}}" for part, total, trainable in lines
-    )
-
-
-def _count(name: str, module: nn.Module) -> ParameterRow:
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
-    return {
-        "part": name,
-        "total": sum(size for size, _ in sizes),
-        "trainable": sum(size for size, trainable in sizes if trainable),
-    }
+        Raises:
+            ValueError: they have none in common.
+        """
+        return {name: self.encode(name, batch.inputs(name)) for name in self.shared(batch)}

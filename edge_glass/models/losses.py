@@ -207,9 +207,12 @@ class TriModalAlignmentLoss(nn.Module):
             here.
         pair_weights: weight of each pair, of `image_text`, `audio_text` and `image_audio`; a pair that is not
             named, or has weight 0, is not trained. All three equal by default. Only their ratio counts.
+        contrastive: weight of the full width, given together with `mrl` and in the place of `width_weights`; the loss
+            is then not a mean over widths but the sum of both parts, to stand beside other losses.
+        mrl: weight of the nested widths, the mean of which is taken.
 
     Raises:
-        ValueError: an unknown pair, a negative weight, or no pair at all.
+        ValueError: an unknown pair, a negative weight, no pair at all, or weights of widths given in both ways.
     """
 
     def __init__(
@@ -217,12 +220,24 @@ class TriModalAlignmentLoss(nn.Module):
         widths: list[int],
         pair_weights: dict[str, float] | None = None,
         width_weights: list[float] | None = None,
+        contrastive: float | None = None,
+        mrl: float | None = None,
         kind: Literal["infonce", "siglip"] = "infonce",
         temperature: float = 0.07,
         max_scale: float = 100.0,
         chunk: int = 4096,
     ) -> None:
         super().__init__()
+        self.weight = 1.0
+        if contrastive is not None or mrl is not None:
+            if contrastive is None or mrl is None or width_weights is not None or min(contrastive, mrl) < 0:
+                raise ValueError(
+                    f"contrastive={contrastive}, mrl={mrl}, width_weights={width_weights}: give two weights >= 0 for "
+                    "the full width and the nested ones, or else width_weights"
+                )
+            nested = mrl / max(len(widths) - 1, 1)
+            width_weights = [contrastive if width == max(widths) else nested for width in widths]
+            self.weight = sum(width_weights)
         weights = dict.fromkeys(PAIRS, 1.0) if pair_weights is None else pair_weights
         unknown = sorted(set(weights) - set(PAIRS))
         if unknown:
@@ -267,7 +282,7 @@ class TriModalAlignmentLoss(nn.Module):
             total = total + self.pair_weights[pair] * loss
             figures[f"loss/{pair}"] = loss.detach()
             figures[f"scale/{pair}"] = self.pairs[pair].scale
-        return total / sum(self.pair_weights[pair] for pair in present), figures
+        return self.weight * total / sum(self.pair_weights[pair] for pair in present), figures
 
 
 def _count(ids: Tensor, among: Tensor) -> Tensor:

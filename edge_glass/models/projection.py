@@ -144,22 +144,43 @@ class MultimodalProjector(nn.Module):
     Args:
         in_dim: width of the tokens.
         out_dim: width of the decoder's embeddings.
-        tokens: how many prefix tokens (equal runs of the real tokens are averaged); None keeps every token.
+        tokens: how many prefix tokens; None keeps every token.
         hidden_dim: width of the MLP; None takes `out_dim`.
+        segments: None: each prefix token is an MLP of an equal run of the real tokens, averaged. A number: of so many
+            averaged runs laid side by side, as a tower's projection reads them, one MLP makes all prefix tokens.
+
+    Raises:
+        ValueError: numbers that cannot work.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, tokens: int | None = None, hidden_dim: int | None = None):
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        tokens: int | None = None,
+        hidden_dim: int | None = None,
+        segments: int | None = None,
+    ):
         super().__init__()
         if tokens is not None and tokens < 1:
             raise ValueError(f"tokens is {tokens}; it must be at least 1, or null to keep every token")
+        if segments is not None and (segments < 1 or tokens is None):
+            raise ValueError(f"segments is {segments} and tokens {tokens}; segments are at least 1 and need tokens")
         self.tokens = tokens
-        self.head = ProjectionHead(in_dim, out_dim, hidden_dim or out_dim)
+        self.segments = segments
+        whole = (segments * in_dim, (tokens or 1) * out_dim) if segments is not None else (in_dim, out_dim)
+        self.head = ProjectionHead(*whole, hidden_dim or out_dim)
 
     def forward(self, tokens: Tokens) -> Tokens:
         """`[batch, tokens, in_dim]` and mask to `[batch, prefix, out_dim]` and mask."""
         values, mask = tokens.tokens, tokens.mask
-        if self.tokens is not None:
-            shares = segment_shares(mask, self.tokens).to(values.dtype)
-            values = shares @ values.masked_fill(~mask[..., None], 0.0)
-            mask = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
-        return Tokens(self.head(values), mask)
+        runs = self.segments or self.tokens
+        if runs is not None:
+            shares = segment_shares(mask, runs).to(values.dtype)
+            values = shares @ values.masked_fill(~mask[..., None], 0.0)  # [batch, runs, in_dim]
+        if self.tokens is None:
+            return Tokens(self.head(values), mask)
+        if self.segments is not None:
+            values = values.flatten(1)
+        made = self.head(values).reshape(len(values), self.tokens, -1)
+        return Tokens(made, torch.ones(made.shape[:2], dtype=torch.bool, device=made.device))

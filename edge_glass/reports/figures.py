@@ -7,6 +7,7 @@ apart; every line also has its own marker, and right answers have a tick beside 
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ STYLE = {
     "legend.frameon": False,
 }
 DPI = 150
+ANSWER_COLUMNS = 8  # cards in a row of media and answers
 
 
 @dataclass
@@ -65,6 +67,16 @@ class Found:
     query: Card
     answers: list[Card]
     right: list[bool]
+
+
+@dataclass
+class Said:
+    """Media, what was said of them, what would have been right, and whether it was."""
+
+    media: list[Card]
+    answer: str
+    reference: str
+    right: bool
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> bool:
@@ -150,15 +162,60 @@ def retrieval_gallery(sections: Mapping[str, Sequence[Found]], path: str | Path,
     Returns:
         Whether there was anything to draw.
     """
+    rows = {
+        heading: [[_Cell(f.query), *_cells(f.answers, f.right)] for f in found] for heading, found in sections.items()
+    }
+    return _draw_rows(rows, path, title)
+
+
+def answer_gallery(sections: Mapping[str, Sequence[Said]], path: str | Path, title: str = "") -> bool:
+    """Draw media with what was said of them beside; right answers are framed in green with a tick.
+
+    Args:
+        sections: heading (say "drawing") -> media with their answers.
+        path: the PNG to write.
+        title: above everything.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    rows: dict[str, list[list[_Cell]]] = {}
+    for heading, found in sections.items():
+        one = [[*(_Cell(card) for card in said.media), *_cells([Card(said.answer)], [said.right])] for said in found]
+        beside = max(1, ANSWER_COLUMNS // max(map(len, one), default=1))
+        rows[heading] = [
+            [cell for cells in one[start : start + beside] for cell in cells] for start in range(0, len(one), beside)
+        ]
+    return _draw_rows(rows, path, title)
+
+
+@dataclass
+class _Cell:
+    """A card, whether it is right (None: nobody asks), and whether it stands a little apart from the one before."""
+
+    card: Card
+    right: bool | None = None
+    apart: bool = True
+
+
+def _cells(cards: Sequence[Card], right: Sequence[bool]) -> list[_Cell]:
+    return [_Cell(card, mark, apart=i == 0) for i, (card, mark) in enumerate(zip(cards, right, strict=True))]
+
+
+def _draw_rows(sections: Mapping[str, Sequence[Sequence[_Cell]]], path: str | Path, title: str) -> bool:
     sections = {heading: rows for heading, rows in sections.items() if rows}
     if not sections:
         return False
-    card, label, gap, head, margin = 1.15, 0.42, 0.14, 0.5, 0.25  # inches
-    most = max(len(found.answers) for rows in sections.values() for found in rows)
-    count = sum(map(len, sections.values()))
+    size, label, gap, head, margin = 1.15, 0.42, 0.14, 0.5, 0.25  # inches
+    places = {
+        heading: [
+            list(accumulate((size + gap + 2 * gap * cell.apart for cell in row[1:]), initial=margin)) for row in rows
+        ]
+        for heading, rows in sections.items()
+    }
     top = 0.5 if title else 0.1
-    width = 2 * margin + card + 3 * gap + most * (card + gap)
-    height = margin + top + len(sections) * head + count * (card + label)
+    width = max(xs[-1] for rows in places.values() for xs in rows) + size + gap + margin
+    height = margin + top + len(sections) * head + sum(map(len, sections.values())) * (size + label)
     with _styled():
         from matplotlib.figure import Figure
 
@@ -169,13 +226,11 @@ def retrieval_gallery(sections: Mapping[str, Sequence[Found]], path: str | Path,
         for heading, rows in sections.items():
             figure.text(margin / width, (y - 0.27) / height, heading, fontsize=11, weight="bold", va="center")
             y -= head
-            for found in rows:
-                marks: list[bool | None] = [None, *found.right]
-                for column, (item, right) in enumerate(zip([found.query, *found.answers], marks, strict=True)):
-                    x = margin + column * (card + gap) + (2 * gap if column else 0)
-                    box = (x / width, (y - card) / height, card / width, card / height)
-                    _draw_card(figure.add_axes(box), item, right)
-                y -= card + label
+            for row, xs in zip(rows, places[heading], strict=True):
+                for cell, x in zip(row, xs, strict=True):
+                    box = (x / width, (y - size) / height, size / width, size / height)
+                    _draw_card(figure.add_axes(box), cell.card, cell.right)
+                y -= size + label
         figure.savefig(_prepared(path))
     return True
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from edge_glass.decoders.decoder import LanguageDecoder
 from edge_glass.encoders.tokens import Encoder
 from edge_glass.errors import UserError
 from edge_glass.runs import CHECKPOINTS, METRICS, read_json, write_json
@@ -212,20 +213,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def trained_state(task: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of the task, without those of frozen encoders."""
-    frozen = tuple(f"{name}." for name in _frozen(task))
-    state = task.state_dict()
-    return {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(frozen or ("\0",))}
+    """Parameters and buffers of the task, without those of frozen encoders and of what a decoder only adapts."""
+    left_out = {f"{part}.{name}" for part, names in _loaded(task).items() for name in names}
+    return {name: tensor.contiguous() for name, tensor in task.state_dict().items() if name not in left_out}
 
 
 def tower_identities(task: nn.Module) -> dict[str, str]:
-    """A hash of the weights of each frozen encoder, which a checkpoint builds on without holding them."""
+    """A hash of the weights of each part that a checkpoint builds on without holding it."""
     identities = {}
-    for name, encoder in _frozen(task).items():
+    for name, loaded in _loaded(task).items():
         digest = hashlib.sha256()
-        for key, tensor in sorted(encoder.state_dict().items()):
+        for key, tensor in sorted(loaded.items()):
             digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         identities[name] = digest.hexdigest()[:16]
     return identities
 
@@ -254,6 +254,11 @@ def load_weights(task: nn.Module, folder: Path, name: str = WEIGHTS) -> None:
             f"{path} is of another model: it lacks {missing[:3]}, has {unknown[:3]} too many and {odd[:3]} in another "
             "shape; build the model from the config.yaml beside its checkpoints"
         )
+    _check_loaded(task, folder, path)
+    task.load_state_dict(stored, strict=False)
+
+
+def _check_loaded(task: nn.Module, folder: Path, path: Path) -> None:
     written = read_manifest(folder).get("towers", {})
     other = [tower for tower, identity in tower_identities(task).items() if written.get(tower, identity) != identity]
     if other:
@@ -261,7 +266,40 @@ def load_weights(task: nn.Module, folder: Path, name: str = WEIGHTS) -> None:
             f"{path} was trained on top of other weights of the frozen {', '.join(other)} than those loaded now; put "
             "back the ones named in the config.yaml beside its checkpoints"
         )
-    task.load_state_dict(stored, strict=False)
+
+
+def take_over(task: nn.Module, folder: Path) -> list[str]:
+    """Begin from the weights of another run: every part of the task that its checkpoint holds.
+
+    Args:
+        task: whose towers are built from the same config.
+        folder: of the checkpoint.
+
+    Returns:
+        The parts that were taken over, such as `model.towers.image`.
+
+    Raises:
+        CheckpointError: the checkpoint lacks weights of the towers, holds them in another shape, or was trained on top
+            of other frozen weights.
+    """
+    path = folder / judged_weights(folder)
+    stored = load_file(path)
+    expected = trained_state(task)
+    shared = expected.keys() & stored.keys()
+    missing = sorted(name for name in expected if name.startswith("model.") and name not in shared)
+    odd = sorted(name for name in shared if expected[name].shape != stored[name].shape)
+    if missing or odd:
+        raise CheckpointError(
+            f"{path} does not hold the towers of this config: it lacks {missing[:3]} and has {odd[:3]} in another "
+            "shape; give the encoder and backbone settings of the config.yaml beside its checkpoints"
+        )
+    _check_loaded(task, folder, path)
+    task.load_state_dict({name: stored[name] for name in shared}, strict=False)
+    return list(
+        dict.fromkeys(
+            ".".join(name.split(".")[: 3 if name.startswith("model.") else 1]) for name in expected if name in shared
+        )
+    )
 
 
 def judged_weights(folder: Path) -> str:
@@ -274,8 +312,16 @@ def load_state(folder: Path) -> dict[str, Any]:
     return torch.load(folder / STATE, map_location="cpu", weights_only=True)
 
 
-def _frozen(task: nn.Module) -> dict[str, Encoder]:
-    return {name: module for name, module in task.named_modules() if isinstance(module, Encoder) and module.frozen}
+def _loaded(task: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Part -> the weights by their names in it that stay as they were loaded from elsewhere."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, module in task.named_modules():
+        if isinstance(module, Encoder) and module.frozen:
+            found[name] = module.state_dict()
+        elif isinstance(module, LanguageDecoder) and module.adapted:
+            trained = {key for key, parameter in module.named_parameters() if parameter.requires_grad}
+            found[name] = {key: tensor for key, tensor in module.state_dict().items() if key not in trained}
+    return found
 
 
 def _copied(value: Any) -> Any:

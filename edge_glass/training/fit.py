@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from edge_glass.config import ConfigError, save_config, to_experiment
-from edge_glass.data.rows import data_hash
+from edge_glass.config import ConfigError, load_config, save_config, to_experiment
 from edge_glass.distributed import all_objects, barrier, connected_ranks, current_ranks, decided_by_main, is_main
 from edge_glass.errors import Stopped, UserError
-from edge_glass.experiment import Experiment, build, build_experiment, choose_precision, plain, set_threads
-from edge_glass.models.alignment import format_parameter_table, parameter_table
-from edge_glass.results import evaluate_run, validation_figures
+from edge_glass.experiments.build import build_experiment
+from edge_glass.experiments.experiment import Experiment
+from edge_glass.experiments.parts import build, choose_precision, plain, set_threads
+from edge_glass.models.counts import format_parameter_table
 from edge_glass.runs import CONFIG, NONFINITE, SUMMARY, keep_metrics_until, read_json, write_json
-from edge_glass.tasks import AlignmentTask
+from edge_glass.tasks.task import Task
 from edge_glass.training.average import WeightAverage
 from edge_glass.training.checkpoints import (
     WEIGHTS,
@@ -29,6 +29,7 @@ from edge_glass.training.checkpoints import (
     load_state,
     load_weights,
     read_manifest,
+    take_over,
     tower_identities,
 )
 from edge_glass.training.logs import Sink, open_sinks
@@ -137,16 +138,17 @@ class Run:
         self.facts: dict[str, Any] = decided_by_main(
             lambda: {
                 "commit": commit(),
-                "data_hash": data_hash(experiment.tables.values()),
+                "data_hash": experiment.data_hash(),
                 "towers": tower_identities(experiment.task),
                 "world_size": current_ranks().world_size,
                 "global_batch": self.share.global_batch,
             }
         )
         self.checkpoints = Checkpoints(self.run_dir, self.config.training.keep_last, self.facts)
-        view = self.config.dataset.validation_view
-        self.validation = experiment.views([view]) if view is not None and self.main else None
+        self.validation = experiment.validation() if self.main else None
         self.last_figures: dict[str, float] = {}
+        if self.config.objective.init_from is not None and start.checkpoint is None:
+            self._take_over(self.config.objective.init_from)
 
     def run(self) -> float | None:
         began = time.monotonic()
@@ -181,13 +183,12 @@ class Run:
             self._validate(self.experiment.task)  # of the weights that are judged, not of the last step's
         summary = self._summary(trainer, stopped_by)
         write_json(self.run_dir / SUMMARY, summary)  # before the evaluation, so that its failure costs no figures
-        results = evaluate_run(self.experiment, self.run_dir, self.last_figures)
+        results = self.experiment.results(self.run_dir, self.last_figures)
         summary |= results.summary()
         skipped |= results.skipped
         if self.validation is not None:
-            skipped |= {sample: row.reason for sample, row in self.validation.skipped.items()}
-        rows = sum(len(table) for table in self.experiment.tables.values())
-        summary["skipped_rows"] = skipped_rows(skipped, rows)
+            skipped |= self.validation.skipped
+        summary["skipped_rows"] = skipped_rows(skipped, self.experiment.row_count())
         summary["total_seconds"] = round(time.monotonic() - began, 2)
         write_json(self.run_dir / SUMMARY, summary)
         results.show(self.run_dir, summary)
@@ -234,10 +235,19 @@ class Run:
             signals=self.signals,
         )
 
-    def _validate(self, task: AlignmentTask) -> dict[str, float]:
+    def _validate(self, task: Task) -> dict[str, float]:
         assert self.validation is not None
-        self.last_figures = validation_figures(self.validation, task, self.experiment.device)
+        self.last_figures = self.validation(task)
         return self.last_figures
+
+    def _take_over(self, folder: str) -> None:
+        """Begin with the weights that another run is judged by."""
+        other = Path(folder).expanduser()
+        if not (other / CONFIG).is_file():
+            raise ConfigError(f"objective.init_from={folder}: no run there ({other / CONFIG} is missing)")
+        judged = load_config(other / CONFIG).training.test_checkpoint
+        parts = take_over(self.experiment.task, Checkpoints(other).find(judged))
+        log.info("beginning with %s of %s", ", ".join(parts), folder)
 
     def _take_up(self, trainer: Trainer, checkpoint: Path) -> None:
         load_weights(self.experiment.task, checkpoint, WEIGHTS)
@@ -257,7 +267,7 @@ class Run:
     def _open_folder(self, trainer: Trainer) -> list[Sink]:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         save_config(self.config, self.run_dir / CONFIG)
-        rows = parameter_table(self.experiment.model)
+        rows = self.experiment.parameters()
         print(f"run folder: {self.run_dir}\n\n{format_parameter_table(rows)}\n", flush=True)
         if self.start.goes_on:
             keep_metrics_until(self.run_dir, trainer.progress.step)
@@ -312,7 +322,7 @@ class Run:
             "embedding_width": self.config.encoder.dim,
             "best": self.checkpoints.best(),
             "checkpoint": self.config.training.test_checkpoint,
-            "parameters": parameter_table(self.experiment.model),
+            "parameters": self.experiment.parameters(),
             "versions": versions(),
             **self.facts,
         }

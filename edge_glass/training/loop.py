@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from edge_glass.data.batch import Batch, SkippedRow
-from edge_glass.distributed import all_mean, all_objects, all_sum, barrier, current_ranks
+from edge_glass.data.batch import SkippedRow
+from edge_glass.distributed import all_objects, all_sum, barrier, current_ranks
 from edge_glass.errors import UserError
-from edge_glass.tasks import AlignmentTask
+from edge_glass.tasks.task import Task, TrainingBatch
 from edge_glass.training.accumulation import accumulate_exact
 from edge_glass.training.average import WeightAverage
 from edge_glass.training.checkpoints import Checkpoints
@@ -133,16 +133,16 @@ class Trainer:
 
     def __init__(
         self,
-        task: AlignmentTask,
+        task: Task,
         optimizer: Optimizer,
         scheduler: LRScheduler,
-        batches: Callable[[int], Iterator[Batch]],
+        batches: Callable[[int], Iterator[TrainingBatch]],
         epoch_length: int,
         limits: Limits,
         accumulation: int = 1,
         precision: str = "fp32",
         clip_norm: float | None = None,
-        evaluate: Callable[[AlignmentTask], dict[str, float]] | None = None,
+        evaluate: Callable[[Any], dict[str, float]] | None = None,
         monitor: str | None = None,
         checkpoints: Checkpoints | None = None,
         sinks: list[Sink] | None = None,
@@ -155,7 +155,9 @@ class Trainer:
         self.wrapped: nn.Module = task
         if self.ranks.world_size > 1:
             self.wrapped = DistributedDataParallel(
-                task, device_ids=[self.device.index] if self.device.type == "cuda" else None
+                task,
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                find_unused_parameters=task.leaves_out,
             )
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -231,6 +233,7 @@ class Trainer:
             "random": random_state(),
             "recent": [{name: value.cpu() for name, value in figures.items()} for figures in self._recent],
             "skipped": self.progress.skipped,
+            "task": self.task.state_of_rank(),
         }
         ranks = all_objects(mine)
         if self.checkpoints is None or self.ranks.rank != 0:
@@ -262,10 +265,11 @@ class Trainer:
         if same:
             self.progress.skipped = mine["skipped"]
             restore_random_state(mine["random"])
+            self.task.restore_state_of_rank(mine["task"])
         else:  # known to all, counted once
             self.progress.skipped = {sample: reason for rank in ranks for sample, reason in rank["skipped"].items()}
 
-    def _step(self, batch: Batch) -> tuple[dict[str, Tensor], Vote]:
+    def _step(self, batch: TrainingBatch) -> tuple[dict[str, Tensor], Vote]:
         micro_batches = [part.to(self.device) for part in batch.split(self.accumulation)]
         self.optimizer.zero_grad(set_to_none=True)
         buffers = [buffer.clone() for buffer in self.task.buffers()]
@@ -305,7 +309,7 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision])
 
-    def _leave_out(self, batch: Batch, loss: Tensor, buffers: list[Tensor]) -> None:
+    def _leave_out(self, batch: TrainingBatch, loss: Tensor, buffers: list[Tensor]) -> None:
         # fp16 finds its loss scale by overflowing now and then: the scaler has halved it, nothing is wrong yet.
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.task.buffers(), buffers, strict=True):
@@ -329,7 +333,7 @@ class Trainer:
             ids,
         )
 
-    def _count_skipped(self, batch: Batch, skips: int) -> None:
+    def _count_skipped(self, batch: TrainingBatch, skips: int) -> None:
         progress = self.progress
         progress.samples += len(batch) * self.ranks.world_size
         progress.skips += skips
@@ -344,9 +348,9 @@ class Trainer:
             )
 
     def _log(self, speed: float) -> dict[str, Any]:
-        row = {name: torch.stack([f[name].float() for f in self._recent]).mean() for name in self._recent[0]}
+        recent = [{name: value.cpu() for name, value in row.items()} for row in self._recent]
+        figures = _means([row for of_rank in all_objects(recent) for row in of_rank])
         self._recent.clear()
-        figures = {name: float(all_mean(value)) for name, value in row.items()}
         written = {
             "kind": "train",
             "step": self.progress.step,
@@ -380,6 +384,12 @@ class Trainer:
         if better:
             self.checkpoints.mark_best(self.progress.step, monitor, figures[monitor])
         bar.write(f"step {self.progress.step}: {monitor} {figures[monitor]:.3f}" + (" (best so far)" if better else ""))
+
+
+def _means(rows: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The mean of each figure over the rows that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: float(torch.stack([r[name].double() for r in rows if name in r]).mean()) for name in names}
 
 
 def describe_skipped(rows: list[SkippedRow], most: int = 20) -> str:

@@ -5,18 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from edge_glass.data import datasets
-from edge_glass.data.batch import SkippedRow
-from edge_glass.data.datasets import (
-    AudioTextDataset,
-    Decoding,
-    ImageTextDataset,
-    InstructionDataset,
-    MediaReader,
-    TriModalDataset,
-)
+from edge_glass.data import samples
+from edge_glass.data.datasets import AudioTextDataset, ImageTextDataset, TriModalDataset
 from edge_glass.data.decode import decode_image
-from edge_glass.data.rows import DataError, read_rows, read_tables
+from edge_glass.data.rows import DataError, read_tables
+from edge_glass.data.samples import Decoding, MediaReader
 from tests import mini
 
 
@@ -188,7 +181,7 @@ def test_each_row_is_decoded_once_until_the_memory_is_full(tmp_path, monkeypatch
     side = 300  # 264 KiB a picture: three to a MiB
     memory = Decoding(image_size=side, keep_mb=1)
     decoded = []
-    monkeypatch.setattr(datasets, "decode_image", lambda data, size: decoded.append(data) or decode_image(data, size))
+    monkeypatch.setattr(samples, "decode_image", lambda data, size: decoded.append(data) or decode_image(data, size))
     training, validation = MediaReader(rows, "image", memory), MediaReader(rows.where({}), "image", memory)
     for reader in (training, validation):
         for row in range(5):
@@ -207,63 +200,6 @@ def test_a_worker_gets_no_copy_of_what_was_decoded(tmp_path):
     after = pickle.dumps(dataset)
     assert len(after) == before
     assert torch.equal(pickle.loads(after)[0, 1].image, samples[1].image)
-
-
-def instruction_rows():
-    return [
-        {
-            "sample_id": "a",
-            "instruction": "What is drawn?",
-            "output": "A red circle.",
-            "image": {"bytes": mini.png(mini.drawing(0))},
-        },
-        {"sample_id": "b", "instruction": "Add.", "input": "2 + 2", "output": "4"},
-        {
-            "sample_id": "c",
-            "instruction": "What is heard?",
-            "output": "Two notes.",
-            "audio": {"bytes": mini.wav(mini.tone(0))},
-        },
-        {"sample_id": "d", "instruction": "Say nothing.", "output": " "},
-    ]
-
-
-@pytest.fixture
-def instructions(tmp_path):
-    """The rows as parquet, with nulls where a row has no such part."""
-    names = {name for row in instruction_rows() for name in row}
-    rows = [{name: row.get(name) for name in names} for row in instruction_rows()]
-    return InstructionDataset(read_rows(mini.write_parquet(tmp_path / "rows.parquet", rows)), decoding())
-
-
-def test_instructions_come_with_the_media_they_speak_of(instructions):
-    drawn, sums, heard = (instructions[0, place] for place in range(3))
-    assert (drawn.instruction, drawn.input, drawn.output) == ("What is drawn?", "", "A red circle.")
-    assert drawn.image.shape == (3, 16, 16) and drawn.audio is None
-    assert (sums.input, sums.image, sums.audio) == ("2 + 2", None, None)
-    assert heard.image is None and heard.audio.shape == (4000,)
-
-
-def test_an_instruction_without_answer_is_a_broken_row(instructions):
-    sample = instructions[0, 3]
-    assert sample.sample_id in "abc"
-    assert sample.skipped[0] == SkippedRow("d", "output: empty, so there is nothing to learn from")
-
-
-def test_instructions_may_lie_in_a_folder_with_their_media(tmp_path):
-    folder = mini.write_jsonl(
-        tmp_path / "rows",
-        [
-            {"instruction": "Add.", "output": "4"},
-            {"instruction": "What is drawn?", "output": "A red circle.", "image_path": "a.png"},
-        ],
-    )
-    (folder / "a.png").write_bytes(mini.png(mini.drawing(0)))
-    dataset = InstructionDataset(read_rows(folder), decoding())
-    assert dataset[0, 0].image is None
-    np.testing.assert_array_equal(dataset[0, 1].image, decode_image((folder / "a.png").read_bytes(), 16))
-    with pytest.raises(DataError, match="no column 'output'"):
-        InstructionDataset(read_rows(mini.write_jsonl(tmp_path / "no", [{"instruction": "x"}])), decoding())
 
 
 def test_negative_captions_are_of_concepts_that_the_batch_does_not_show(tmp_path):

@@ -2,9 +2,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from edge_glass.data.datasets import Decoding
 from edge_glass.data.loader import Collate
 from edge_glass.data.rows import DataError, read_tables
+from edge_glass.data.samples import Decoding
 from edge_glass.evaluation.views import Views
 from tests import mini
 

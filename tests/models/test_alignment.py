@@ -8,12 +8,8 @@ from edge_glass.data.batch import AudioClips, Batch
 from edge_glass.encoders.audio import AudioEncoder
 from edge_glass.encoders.tokens import Encoder, Tokens
 from edge_glass.encoders.vision import VisionEncoder
-from edge_glass.models.alignment import (
-    MultimodalAlignmentModel,
-    Tower,
-    format_parameter_table,
-    parameter_table,
-)
+from edge_glass.models.alignment import MultimodalAlignmentModel, Tower
+from edge_glass.models.counts import format_parameter_table, parameter_table
 from edge_glass.models.perceiver import PerceiverResampler
 from edge_glass.models.pooling import SegmentPool
 from edge_glass.models.projection import MatryoshkaProjection, ProjectionHead
@@ -166,7 +162,7 @@ def test_towers_of_different_embedding_widths_are_refused():
 
 def test_the_parameter_table_counts_each_part_once():
     whole = model(*ALL)
-    rows = {row["part"]: row for row in parameter_table(whole)}
+    rows = {row["part"]: row for row in parameter_table(whole.parts(), whole)}
     assert list(rows) == [
         "image.encoder",
         "image.projection",

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from edge_glass.data.batch import AudioClips, Batch
 from edge_glass.models.losses import TriModalAlignmentLoss
-from edge_glass.tasks import AlignmentTask
+from edge_glass.tasks.alignment import AlignmentTask
 from edge_glass.training.accumulation import accumulate_exact
 from tests.ranks import run_ranks
 

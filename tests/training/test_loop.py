@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from edge_glass.data.batch import Batch, SkippedRow
 from edge_glass.models.losses import TriModalAlignmentLoss
 from edge_glass.runs import CHECKPOINTS, read_metrics
-from edge_glass.tasks import AlignmentTask
+from edge_glass.tasks.alignment import AlignmentTask
 from edge_glass.training.checkpoints import Checkpoints, load_state, load_weights
 from edge_glass.training.logs import JsonLines
 from edge_glass.training.loop import Limits, Trainer, TrainingError, describe_skipped

@@ -1,10 +1,14 @@
-"""What is trained: a model and its loss as one Module, so that DistributedDataParallel wraps one thing."""
+"""Alignment: towers, and a loss that compares their embeddings."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from edge_glass.data.batch import Batch
+from edge_glass.models.alignment import MultimodalAlignmentModel
+from edge_glass.tasks.task import Losses, Task
 
 
 @dataclass
@@ -12,23 +16,27 @@ class LossGradient:
     """The gradient of a loss in all that the loss reads: the embeddings and its own parameters.
 
     Attributes:
-        embeddings: modality -> `[batch, dim]`.
+        embeddings: modality -> `[inputs, dim]`.
         parameters: one tensor for each of `task.loss_parameters()`; empty to leave them out.
+        scale: what these gradients were scaled with, for further losses.
     """
 
     embeddings: dict[str, Tensor]
     parameters: list[Tensor] = field(default_factory=list)
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss
 
 
-class AlignmentTask(nn.Module):
+class AlignmentTask(Task):
     """Embeds a batch and measures how well its modalities agree.
 
     Args:
-        model: maps a `Batch` to embeddings, modality -> `[batch, dim]`.
+        model: maps a `Batch` to embeddings, modality -> `[inputs, dim]`.
         loss: maps embeddings and concept ids, both by modality, to a scalar and figures for the log.
     """
 
-    def __init__(self, model: nn.Module, loss: nn.Module) -> None:
+    compares = True
+
+    def __init__(self, model: MultimodalAlignmentModel, loss: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
@@ -37,9 +45,7 @@ class AlignmentTask(nn.Module):
         """The embeddings of a batch, modality -> `[inputs, dim]`."""
         return self.model(batch)
 
-    def loss_of(
-        self, embeddings: dict[str, Tensor], concept_ids: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_of(self, embeddings: dict[str, Tensor], concept_ids: dict[str, Tensor]) -> Losses:
         """The loss of embeddings, a scalar, and figures for the log."""
         return self.loss(embeddings, concept_ids)
 
@@ -47,10 +53,11 @@ class AlignmentTask(nn.Module):
         """What the loss itself learns, such as its temperatures."""
         return [parameter for parameter in self.loss.parameters() if parameter.requires_grad]
 
-    def forward(self, batch: Batch, gradient: LossGradient | None = None):
+    def forward(self, batch: Batch, terms: float | None = None, gradient: LossGradient | None = None) -> Losses:
         """The loss of a batch; or, when the loss's gradient is known already, a stand-in that passes it on.
 
-        The stand-in is linear: embeddings and loss parameters, each times its gradient, summed.
+        The stand-in is zero and linear: embeddings and loss parameters, each times its gradient, summed, minus that
+        value.
         Backpropagation through it gives every parameter the gradient that the loss would have given. It is
         how gradients reach the model when the loss was computed over more samples than can be embedded at
         once (`training/accumulation.py`); it goes through `forward` because DistributedDataParallel averages
@@ -58,15 +65,21 @@ class AlignmentTask(nn.Module):
 
         Args:
             batch: the samples.
+            terms: not needed; see `Task`.
             gradient: gradient of the loss in the embeddings of this batch and in the loss's parameters.
 
         Returns:
-            `(loss, log figures)` without `gradient`; with it the stand-in, a scalar.
+            The loss and figures for the log without `gradient`; with it the stand-in, a scalar, and none.
         """
-        embeddings = self.encode(batch)
+        return self.alignment(self.encode(batch), batch, gradient)
+
+    def alignment(self, embeddings: dict[str, Tensor], batch: Batch, gradient: LossGradient | None) -> Losses:
+        """What `forward` gives, from embeddings."""
         if gradient is None:
             return self.loss_of(embeddings, batch.ids())
         pairs = [(embeddings[modality], known) for modality, known in gradient.embeddings.items()]
         if gradient.parameters:
             pairs += zip(self.loss_parameters(), gradient.parameters, strict=True)
-        return sum((tensor.float() * known.float()).sum() for tensor, known in pairs)
+        products = [(tensor.float() * known.float()).sum() for tensor, known in pairs]
+        stand_in = torch.stack(products).sum()
+        return stand_in - stand_in.detach(), {}

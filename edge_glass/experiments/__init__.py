@@ -1,0 +1,1 @@
+"""What a config describes: data, task, and how the task is judged."""

@@ -1,0 +1,136 @@
+"""Language: a decoder that reads what towers see and hear, alone or beside their alignment."""
+
+import torch
+from torch import Tensor, nn
+
+from edge_glass.data.batch import Batch, Dialogue
+from edge_glass.decoders.decoder import AnswerLoss, LanguageDecoder, Sampling
+from edge_glass.encoders.tokens import Tokens
+from edge_glass.models.alignment import MultimodalAlignmentModel
+from edge_glass.models.fusion import Fused, MultimodalFusion
+from edge_glass.tasks.alignment import AlignmentTask, LossGradient
+from edge_glass.tasks.task import Losses
+
+
+class LanguageTask(AlignmentTask):
+    """Answers questions about media; in training also aligns them, unless it has no loss for that.
+
+    Args:
+        model: the towers, whose tokens are read.
+        fusion: the tokens of those modalities that the decoder reads to its prefix.
+        decoder: prefix and prompt to an answer.
+        loss: of the embeddings; see `AlignmentTask`; None to train the decoder alone.
+        weight: of the language loss, the mean over answer tokens, beside the alignment.
+        train_towers: False leaves the towers as they are, in evaluation mode and without gradient.
+
+    Raises:
+        ValueError: towers that stay as they are, but should be aligned; or a fusion of modalities without a tower.
+    """
+
+    leaves_out = True  # what belongs to media that no sample of a batch shows
+
+    def __init__(
+        self,
+        model: MultimodalAlignmentModel,
+        fusion: MultimodalFusion,
+        decoder: LanguageDecoder,
+        loss: nn.Module | None,
+        weight: float = 1.0,
+        train_towers: bool = True,
+    ):
+        super().__init__(model, nn.Identity() if loss is None else loss)
+        if loss is not None and not train_towers:
+            raise ValueError("the towers stay as they are, but there is a loss to align them; give only one of the two")
+        missing = [name for name in fusion.modalities if name not in model.towers]
+        if missing:
+            raise ValueError(f"fusion reads {missing}, for which there is no tower; there are {list(model.towers)}")
+        self.compares = loss is not None
+        self.fusion = fusion
+        self.decoder = decoder
+        self.weight = weight
+        self.train_towers = train_towers
+        if not train_towers:
+            model.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> "LanguageTask":
+        super().train(mode)
+        if not self.train_towers:
+            self.model.eval()
+        return self
+
+    def terms(self, batch: Batch) -> int:
+        """Answer tokens."""
+        return 0 if batch.dialogue is None else int(batch.dialogue.answer.sum())
+
+    def forward(self, batch: Batch, terms: float | None = None, gradient: LossGradient | None = None) -> Losses:
+        """See `AlignmentTask.forward` and `Task`; the loss of the answers comes on top, `loss/lm` in the figures."""
+        tokens = self.tokens(batch, self.compares)
+        losses: list[Tensor] = []
+        figures: dict[str, Tensor] = {}
+        if self.compares:
+            embeddings = {name: self.model.embed(name, part) for name, part in tokens.items()}
+            aligned, figures = self.alignment(embeddings, batch, gradient)
+            losses.append(aligned)
+        if batch.dialogue is not None:
+            answers, said = self.answer_loss(batch, tokens)
+            own = self.terms(batch)
+            mean = answers.nll.sum() / max(own if terms is None else terms, 1)
+            share = 1.0 if terms is None else own / max(terms, 1)
+            further = self.weight * (mean + share * answers.extra)
+            losses.append(further if gradient is None else gradient.scale(further))
+            figures |= {"loss/lm": mean.detach(), **said}
+        return torch.stack(losses).sum(), figures
+
+    def tokens(self, batch: Batch, all_of_them: bool) -> dict[str, Tokens]:
+        """The towers' tokens, of each modality of the batch or of those that the decoder sees."""
+        wanted = [name for name in self.model.shared(batch) if all_of_them or name in batch.shown]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_towers):
+            return {name: self.model.tower(name).tokens(batch.inputs(name)) for name in wanted}
+
+    def answer_loss(self, batch: Batch, tokens: dict[str, Tokens]) -> tuple[AnswerLoss, dict[str, Tensor]]:
+        """The loss of a batch's answers, given the towers' tokens, and figures for the log."""
+        assert batch.dialogue is not None
+        fused = self.prefix(batch, tokens)
+        answers = self.decoder(fused.prefix, batch.dialogue)
+        return answers, fused.figures | answers.figures
+
+    def prefix(self, batch: Batch, tokens: dict[str, Tokens]) -> Fused:
+        """The decoder's prefix, `[batch, prefix, width]`: empty where it sees no media at all."""
+        seen = {
+            name: _laid_out(tokens[name], batch.rows.get(name), batch.shown[name])
+            for name in self.fusion.modalities
+            if name in batch.shown
+        }
+        if not seen:
+            device = batch.concept_ids.device
+            nothing = torch.zeros(len(batch), 0, self.decoder.width, device=device)
+            return Fused(Tokens(nothing, torch.zeros(len(batch), 0, dtype=torch.bool, device=device)))
+        return self.fusion(seen)
+
+    @torch.no_grad()
+    def answer(self, batch: Batch, prompts: Dialogue, sampling: Sampling) -> list[str]:
+        """What the decoder says to a prompt for each sample, in evaluation mode.
+
+        Args:
+            batch: the media, and which of them are `shown`.
+            prompts: without answers, padded on the left.
+            sampling: how text is drawn.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            tokens = self.tokens(batch, all_of_them=False) if batch.shown else {}
+            return self.decoder.generate(self.prefix(batch, tokens).prefix, prompts, sampling)
+        finally:
+            self.train(was_training)
+
+
+def _laid_out(tokens: Tokens, rows: Tensor | None, shown: Tensor) -> Tokens:
+    """Tokens with a row for every sample, masked where the sample has none or the decoder is not to see them."""
+    values, mask = tokens.tokens, tokens.mask
+    if rows is not None:
+        whole = values.new_zeros(len(shown), *values.shape[1:])
+        values = whole.index_copy(0, rows, values)
+        mask = mask.new_zeros(len(shown), mask.shape[1]).index_copy(0, rows, mask)
+    return Tokens(values, mask & shown[:, None])
