@@ -25,6 +25,7 @@ from omegaconf.errors import (
 from edge_glass.errors import UserError
 
 MODALITIES = ("image", "audio", "text")
+SOLVER = "edge_glass.decoders.trm.TinyRecursiveModel"
 
 
 class ConfigError(UserError):
@@ -76,6 +77,17 @@ class ViewConfig:
 
 
 @dataclass
+class PuzzleConfig:
+    """Puzzles made by script: of which game, and how many for what."""
+
+    game: Any = MISSING
+    train: int = MISSING
+    val: int = MISSING
+    test: int = MISSING
+    vary: bool = True
+
+
+@dataclass
 class DatasetConfig:
     """Where the rows are, how they become training samples, and on which rows a run is judged."""
 
@@ -94,6 +106,7 @@ class DatasetConfig:
     instructions: str | None = None
     instruction_share: float = 0.0
     answered_rows: int | None = None
+    puzzles: PuzzleConfig | None = None
     views: dict[str, ViewConfig] = field(default_factory=dict)
     validation_view: str | None = None
 
@@ -315,7 +328,7 @@ def check(config: DictConfig) -> None:
         raise ConfigError(f"training.test_checkpoint={training.test_checkpoint!r}: give 'last' or 'best'")
     if training.test_checkpoint == "best" and training.monitor is None:
         raise ConfigError("training.test_checkpoint='best' needs training.monitor, the figure that best is judged by")
-    if not dataset.views:
+    if not dataset.views and dataset.puzzles is None:
         raise ConfigError("dataset.views is empty: name at least one view to evaluate the run on")
     if dataset.validation_view is not None and dataset.validation_view not in dataset.views:
         raise ConfigError(
@@ -335,10 +348,17 @@ def check(config: DictConfig) -> None:
 def _check_objective(config: DictConfig, present: list[str]) -> None:
     """Whether there is what the objective trains."""
     objective, decoder, dataset = config.objective, config.decoder, config.dataset
+    if dataset.puzzles is not None:
+        _check_puzzles(config, present)
+        return
     if objective.alignment is not None and len(present) < 2:
         raise ConfigError(f"encoder has towers for {present}; alignment needs at least two of {list(MODALITIES)}")
     if objective.lm < 0:
         raise ConfigError(f"objective.lm={objective.lm}: give a weight of at least 0")
+    if decoder.model is not None and decoder.model.get("_target_") == SOLVER:
+        raise ConfigError(
+            f"decoder.model={SOLVER} solves puzzles, of which dataset={dataset.name} has none: dataset=sudoku"
+        )
     if decoder.model is None:
         if objective.lm > 0:
             raise ConfigError(
@@ -376,6 +396,26 @@ def _check_objective(config: DictConfig, present: list[str]) -> None:
         raise ConfigError(
             f"dataset.instruction_share={dataset.instruction_share}, dataset.instructions={dataset.instructions}: a "
             "share above 0 and below 1 goes with a path of instructions, and 0 with null"
+        )
+
+
+def _check_puzzles(config: DictConfig, present: list[str]) -> None:
+    """Whether there is a solver and nothing else."""
+    target = None if config.decoder.model is None else config.decoder.model.get("_target_")
+    if target != SOLVER or present or config.objective.alignment is not None:
+        raise ConfigError(
+            f"dataset={config.dataset.name} is made of puzzles, but decoder.model is {target}, encoder has towers for "
+            f"{present}, and objective.alignment is {'there' if config.objective.alignment is not None else 'null'}: "
+            "give encoder=none decoder=trm_solver objective=puzzle, or experiment=trm_sudoku"
+        )
+    puzzles = config.dataset.puzzles
+    for key in ("train", "val", "test"):
+        if puzzles[key] < 1:
+            raise ConfigError(f"dataset.puzzles.{key}={puzzles[key]}: give at least 1")
+    if config.optimization.accumulation > 1:
+        raise ConfigError(
+            f"optimization.accumulation={config.optimization.accumulation}: thoughts are carried from step to step, each "
+            "in its place of the batch; give optimization.batch_size instead"
         )
 
 

@@ -18,7 +18,8 @@ from edge_glass.evaluation.evaluate import Embedded, ViewResult, examples
 from edge_glass.evaluation.text import plain
 from edge_glass.evaluation.views import Views
 from edge_glass.reports.figures import Card, Found, Said, answer_gallery, retrieval_gallery
-from edge_glass.reports.report import FIGURES, terminal_table, write_report
+from edge_glass.reports.report import FIGURES, write_report
+from edge_glass.reports.tables import terminal_table
 from edge_glass.tasks.alignment import AlignmentTask
 
 if TYPE_CHECKING:

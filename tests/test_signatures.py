@@ -48,7 +48,11 @@ def test_the_default_config_fits_its_constructors():
         ("objective.alignment.temperature", "warm", ["objective.alignment.temperature='warm'", "float"]),
         ("objective.alignment.kind", "softmax", ["objective.alignment.kind='softmax'", "infonce", "siglip"]),
         ("objective.alignment.width_weights", [1.0, "a"], ["objective.alignment.width_weights", "list[float] | None"]),
-        ("objective.alignment.pair_weights.image_text", "much", ["objective.alignment.pair_weights", "dict[str, float]"]),
+        (
+            "objective.alignment.pair_weights.image_text",
+            "much",
+            ["objective.alignment.pair_weights", "dict[str, float]"],
+        ),
         ("encoder.image.segments", None, ["encoder.image.segments=None", "int"]),
         ("encoder.image.encoder", None, ["encoder.image.encoder=None"]),
         ("encoder.image.encoder", "resnet", ["encoder.image.encoder='resnet'"]),

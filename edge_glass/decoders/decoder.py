@@ -16,7 +16,7 @@ class AnswerLoss:
 
     Attributes:
         nll: `[batch]` float32, the negative log-likelihood of each sample's answer tokens, summed over them, in nats.
-        extra: a further scalar to train on (0 in evaluation), such as the loss of a halting head.
+        extra: `[batch]`, a further loss to train on (zeros in evaluation), such as that of a halting head.
         figures: for the log, without gradient.
     """
 

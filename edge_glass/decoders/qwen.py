@@ -201,7 +201,7 @@ class QwenDecoder(LanguageDecoder):
         ).logits[samples, column]  # [answer tokens, vocabulary]
         nll = cross_entropy(logits.float(), text.ids[text.answer], reduction="none")
         spread = nll.new_zeros(text.answer.shape).masked_scatter(text.answer, nll)  # [batch, tokens]
-        return AnswerLoss(nll=spread.sum(1), extra=nll.new_zeros(()))
+        return AnswerLoss(nll=spread.sum(1), extra=nll.new_zeros(len(text)))
 
     @torch.no_grad()
     def generate(self, prefix: Tokens, text: Dialogue, sampling: Sampling) -> list[str]:

@@ -38,6 +38,7 @@ class TinyRecursiveModel(nn.Module):
             before without its history.
         mlp_ratio: see `Recursion`.
         causal: whether a token sees only those before it.
+        recursive: False: the net is applied once, a plain transformer, to compare with.
         scores: what turns the head's output into probabilities: `softmax`, or `stablemax` (Prieto et al. 2025,
             https://arxiv.org/abs/2501.04697), whose scores grow linearly: s(x) = x + 1 for x >= 0, else 1 / (1 - x).
         exploration: probability that a training sample must think for a random number of steps, however soon the
@@ -58,6 +59,7 @@ class TinyRecursiveModel(nn.Module):
         supervision: int = 16,
         mlp_ratio: float = 4.0,
         causal: bool = False,
+        recursive: bool = True,
         scores: Literal["softmax", "stablemax"] = "softmax",
         exploration: float = 0.1,
     ):
@@ -71,7 +73,7 @@ class TinyRecursiveModel(nn.Module):
         self.supervision = supervision
         self.scores = scores
         self.exploration = exploration
-        self.recursion = Recursion(width, heads, layers, latent_steps, cycles, mlp_ratio, causal)
+        self.recursion = Recursion(width, heads, layers, latent_steps, cycles, mlp_ratio, causal, recursive)
         self.words = nn.Embedding(vocabulary, width)
         truncated_normal(self.words.weight, 1.0)
         self.head = linear(width, vocabulary)
@@ -153,8 +155,8 @@ class TRMDecoder(LanguageDecoder):
             supervision,
             mlp_ratio,
             causal,
-            scores,
-            exploration,
+            scores=scores,
+            exploration=exploration,
         )
 
     def forward(self, prefix: Tokens, text: Dialogue) -> AnswerLoss:
@@ -164,8 +166,8 @@ class TRMDecoder(LanguageDecoder):
         thought = trm.recursion.begin(question)
         rows = torch.arange(len(text), device=real.device)  # samples that are still thinking
         nll = torch.zeros(len(text), device=real.device)
+        halting = torch.zeros(len(text), device=real.device)
         steps = torch.zeros(len(text), device=real.device, dtype=torch.int64)
-        halting = []
         for step in range(trm.supervision):
             thought = trm.recursion(question[rows], thought.detach(), sight.take(rows))
             if not self.training and step < trm.supervision - 1:
@@ -176,13 +178,15 @@ class TRMDecoder(LanguageDecoder):
             if not self.training:
                 break
             done = trm.done(thought, real[rows])
-            halting.append(binary_cross_entropy_with_logits(done, right.float(), reduction="sum"))
+            halting = halting.index_add(
+                0, rows, binary_cross_entropy_with_logits(done, right.float(), reduction="none")
+            )
             go_on = ~trm.halted(done.detach(), steps[rows])
             rows, thought = rows[go_on], Thought(thought.answer[go_on], thought.latent[go_on])
             if not len(rows):
                 break
-        extra = HALTING_WEIGHT * torch.stack(halting).sum() / steps.sum() if halting else nll.new_zeros(())
-        return AnswerLoss(nll / steps, extra, {"thinking/steps": steps.float().mean()} if self.training else {})
+        figures = {"thinking/steps": steps.float().mean()} if self.training else {}
+        return AnswerLoss(nll / steps, HALTING_WEIGHT * halting / steps, figures)
 
     def _question(self, prefix: Tokens, ids: Tensor) -> Tensor:
         words = self.trm.words(ids)

@@ -1,10 +1,9 @@
 """What a decoder answers about the rows of a view, and how far it needs its prefix for that."""
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,18 +13,10 @@ from edge_glass.data.decode import Undecodable
 from edge_glass.data.dialogue import Chat, Exchange, Prompts, TooLong
 from edge_glass.decoders.decoder import AnswerLoss, Sampling
 from edge_glass.encoders.tokens import Tokens
-from edge_glass.evaluation.names import MODALITIES
-from edge_glass.evaluation.text import SPEECH_METRICS, TEXT_METRICS, caption_metrics, speech_metrics
+from edge_glass.evaluation.names import PREFIX_LOSSES, AnswerName
+from edge_glass.evaluation.text import caption_metrics, speech_metrics
 from edge_glass.evaluation.views import Views
 from edge_glass.models.fusion import Fused
-
-# The prefix that an answer is judged with, and the name of the loss.
-PREFIXES = {"true": "loss", "shuffled": "loss_shuffled_prefix", "none": "loss_without_prefix"}
-ANSWER_METRICS = (*TEXT_METRICS, *SPEECH_METRICS, "perplexity", *PREFIXES.values())
-_NAME = re.compile(
-    rf"(?P<view>[^/]+)/(?P<shown>(?:{'|'.join(MODALITIES)})(?:_(?:{'|'.join(MODALITIES)}))*)_caption"
-    rf"/(?P<metric>{'|'.join(map(re.escape, ANSWER_METRICS))})(?:/(?P<of>.+))?"
-)
 
 
 class Answers(Protocol):
@@ -37,32 +28,6 @@ class Answers(Protocol):
     def prefix(self, batch: Batch, tokens: dict[str, Tokens]) -> Fused: ...
     def decoder(self, prefix: Tokens, text: Dialogue) -> AnswerLoss: ...
     def train(self, mode: bool = True) -> object: ...
-
-
-@dataclass(frozen=True)
-class AnswerName:
-    """The name of one figure, such as `test/image_caption/exact_match` or `test/audio_caption/WER/flite_awb`.
-
-    Attributes:
-        view: whose rows were asked about.
-        shown: the media that the decoder saw, say `image_audio`.
-        metric: one of `ANSWER_METRICS`.
-        of: the voice or vendor that the figure is of; None is all together.
-    """
-
-    view: str
-    shown: str
-    metric: str
-    of: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.view}/{self.shown}_caption/{self.metric}" + ("" if self.of is None else f"/{self.of}")
-
-    @classmethod
-    def parse(cls, name: str) -> Self | None:
-        """The parts of a name, or None for a figure of another kind."""
-        match = _NAME.fullmatch(name)
-        return cls(**match.groupdict()) if match else None
 
 
 @dataclass
@@ -280,5 +245,5 @@ def _measured(shown: str, answers: list[Answer]) -> dict[str, float]:
     if shown == "audio":
         figures |= speech_metrics(said, [texts[0] for texts in references])
     tokens = sum(answer.tokens for answer in answers)
-    losses = {name: sum(answer.nll[prefix] for answer in answers) / tokens for prefix, name in PREFIXES.items()}
+    losses = {name: sum(answer.nll[prefix] for answer in answers) / tokens for prefix, name in PREFIX_LOSSES.items()}
     return figures | losses | {"perplexity": math.exp(min(losses["loss"], 700.0))}

@@ -56,3 +56,42 @@ class MetricName:
         parts = match.groupdict()
         width = parts.pop("width")
         return cls(**parts, width=None if width is None else int(width))
+
+
+TEXT_METRICS = ("exact_match", "BLEU-4", "ROUGE-L", "CIDEr", "chrF")
+SPEECH_METRICS = ("WER", "CER")
+# The prefix that a decoder's answer is judged with -> the name of the loss.
+PREFIX_LOSSES = {"true": "loss", "shuffled": "loss_shuffled_prefix", "none": "loss_without_prefix"}
+ANSWER_METRICS = (*TEXT_METRICS, *SPEECH_METRICS, "perplexity", *PREFIX_LOSSES.values())
+
+_MEDIA = "|".join(MODALITIES)
+_ANSWER = re.compile(
+    rf"(?P<view>[^/]+)/(?P<shown>(?:{_MEDIA})(?:_(?:{_MEDIA}))*)_caption"
+    rf"/(?P<metric>{'|'.join(map(re.escape, sorted(ANSWER_METRICS, key=len, reverse=True)))})(?:/(?P<of>.+))?"
+)
+
+
+@dataclass(frozen=True)
+class AnswerName:
+    """The name of one figure, such as `test/image_caption/exact_match` or `test/audio_caption/WER/flite_awb`.
+
+    Attributes:
+        view: whose rows were asked about.
+        shown: the media that the decoder saw, say `image_audio`.
+        metric: one of `ANSWER_METRICS`.
+        of: the voice or vendor that the figure is of; None is all together.
+    """
+
+    view: str
+    shown: str
+    metric: str
+    of: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.view}/{self.shown}_caption/{self.metric}" + ("" if self.of is None else f"/{self.of}")
+
+    @classmethod
+    def parse(cls, name: str) -> Self | None:
+        """The parts of a name, or None for a figure of another kind."""
+        match = _ANSWER.fullmatch(name)
+        return cls(**match.groupdict()) if match else None

@@ -3,9 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-TEXT_METRICS = ("exact_match", "BLEU-4", "ROUGE-L", "CIDEr", "chrF")
-SPEECH_METRICS = ("WER", "CER")
-
 
 def caption_metrics(said: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """Figures of captions, compared without case and outer blanks.

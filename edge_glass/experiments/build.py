@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from edge_glass.config import ConfigError, load_config
 from edge_glass.experiments.experiment import Experiment
 from edge_glass.experiments.multimodal import MultimodalExperiment
+from edge_glass.experiments.puzzles import PuzzleExperiment
 from edge_glass.runs import CONFIG, SUMMARY, read_json, write_json
 from edge_glass.training.checkpoints import Checkpoints, judged_weights, load_weights
 
@@ -18,7 +19,7 @@ def build_experiment(config: DictConfig) -> Experiment:
     Raises:
         UserError: data that is not there, arguments that a class does not take, weights that cannot be loaded.
     """
-    return MultimodalExperiment(config)
+    return MultimodalExperiment(config) if config.dataset.puzzles is None else PuzzleExperiment(config)
 
 
 def open_run(folder: str, checkpoint: str = "last", device: str = "auto") -> tuple[Path, Experiment, Path]:

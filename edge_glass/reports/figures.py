@@ -189,6 +189,72 @@ def answer_gallery(sections: Mapping[str, Sequence[Said]], path: str | Path, tit
     return _draw_rows(rows, path, title)
 
 
+def accuracy_by_step(curve: Mapping[int, float], trained: int, path: str | Path) -> bool:
+    """Draw the share of right answers after each supervision step.
+
+    Args:
+        curve: step -> share.
+        trained: steps in training; those after it are marked.
+        path: the PNG to write.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    if not curve:
+        return False
+    with _styled():
+        from matplotlib.ticker import MaxNLocator
+
+        figure, (axes,) = _figure((6.4, 3.6))
+        axes.plot(list(curve), list(curve.values()), color=BLUE, marker="o", markersize=4.5, linewidth=1.8)
+        if trained < max(curve):
+            axes.axvspan(trained + 0.5, max(curve) + 0.5, color=FAINT, alpha=0.5, linewidth=0)
+            axes.text(trained + 0.6, 0.03, "more steps than in training", fontsize=8.5, color=MUTED)
+        axes.set(title="Puzzles solved by supervision step", xlabel="supervision steps", ylabel="exact match")
+        axes.set(ylim=(0, 1), xlim=(0.5, max(curve) + 0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _save(figure, path)
+    return True
+
+
+def puzzle_gallery(puzzles: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], side: int, path: str | Path) -> bool:
+    """Draw puzzles with the answers given: clues in black, right cells in green, wrong ones in red.
+
+    Args:
+        puzzles: question, answer and solution of each, `[cells]`; 0 is an empty cell.
+        side: of the grid.
+        path: the PNG to write.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    if not puzzles:
+        return False
+    columns = min(3, len(puzzles))
+    rows = -(-len(puzzles) // columns)
+    with _styled():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(2.6 * columns, 2.8 * rows), dpi=DPI, facecolor="white", layout="constrained")
+        for axes, (question, answer, solution) in zip(
+            figure.subplots(rows, columns, squeeze=False).flat, puzzles, strict=False
+        ):
+            axes.set(xlim=(0, side), ylim=(side, 0), aspect="equal", xticks=range(side + 1), yticks=range(side + 1))
+            axes.tick_params(length=0, labelbottom=False, labelleft=False)
+            wrong = int((answer != solution).sum())
+            axes.set_title("solved" if not wrong else f"{wrong} cells wrong", fontsize=9)
+            for cell in range(side**2):
+                given, right = question[cell] == solution[cell], answer[cell] == solution[cell]
+                colour = INK if given and right else GREEN if right else VERMILION
+                row, column = divmod(cell, side)
+                weight = "bold" if given else "normal"
+                axes.text(
+                    column + 0.5, row + 0.5, str(answer[cell]), ha="center", va="center", color=colour, weight=weight
+                )
+        figure.savefig(_prepared(path))
+    return True
+
+
 @dataclass
 class _Cell:
     """A card, whether it is right (None: nobody asks), and whether it stands a little apart from the one before."""

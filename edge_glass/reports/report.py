@@ -1,28 +1,26 @@
 """Turn a run folder into a page and a table: everything is read from the folder alone."""
 
-import io
 import shlex
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 from edge_glass.errors import UserError
-from edge_glass.evaluation.names import DIRECTIONS, METRICS, MetricName
+from edge_glass.evaluation.names import DIRECTIONS
 from edge_glass.reports import figures
+from edge_glass.reports.tables import AnswerResults, Results, markdown, number, other_table
 from edge_glass.runs import CONFIG, SUMMARY, WANDB, read_json, read_metrics
 from edge_glass.runs import METRICS as METRICS_FILE
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 REPORT = "report.md"
 FIGURES = "figures"
 # In the order of the page.
 CAPTIONS = {
     "retrieval_gallery.png": "Queries drawn at random and what is nearest to them; right answers are ticked.",
+    "answers.png": "Media drawn at random with their captions, and what the decoder says; right answers are ticked.",
     "recall_by_width.png": "Recall@1 when only the leading dimensions of the embedding are kept.",
+    "accuracy_by_step.png": "Share of the test puzzles that are solved after so many supervision steps.",
+    "puzzles.png": "The first test puzzles: clues bold, right cells green, wrong ones red.",
     "training_curves.png": "Loss of each step (thick: running mean) and Recall@1 during training.",
 }
 DEFINITIONS = """\
@@ -30,119 +28,11 @@ R@k: share of queries with a right answer among the k nearest; every gallery ite
 right. A gallery holds one voice (one vendor) at a time, and figures are means over voices. Group R@1: the
 nearest item is in the query's group of near-duplicates. Chance: a random ranking of the same gallery. Nearest
 pixels, nearest log mel: the concept of the nearest training drawing or clip, untrained."""
-DIRECTION = "query → answer"
-LESSER = (
-    "R@10",
-    "mAP",
-    "group R@1",
-    "median rank",
-    "R@5",
-)  # what a narrow terminal leaves out, in this order
+ANSWER_DEFINITIONS = """\
+The decoder sees a drawing, a clip, or both, and is asked for the caption. Exact match: the answer is a caption of
+that concept. BLEU-4 and chrF: 0 to 100; CIDEr: 0 to 10; WER and CER: wrong words and characters over those spoken.
+Loss: nats a token of the caption, with the sample's own prefix, with that of another sample, and with none."""
 SKIPPED_SHOWN = 20
-
-
-@dataclass
-class Results:
-    """The retrieval figures of a summary by their parsed names.
-
-    Attributes:
-        metrics: of the model.
-        baselines: of what it is compared with; `of` in the name says which.
-        sizes: `{view}/{query}_to_{answer}/queries`, `.../gallery`, `.../unanswerable`; may be empty.
-        width: of the whole embedding, if the summary tells.
-    """
-
-    metrics: dict[MetricName, float]
-    baselines: dict[MetricName, float]
-    sizes: dict[str, int]
-    width: int | None = None
-
-    @classmethod
-    def of(cls, summary: Mapping[str, Any]) -> Self:
-        """The figures in the content of `summary.json`."""
-        return cls(
-            metrics=_parsed(summary.get("metrics", {})),
-            baselines=_parsed(summary.get("baselines", {})),
-            sizes=summary.get("sizes", {}),
-            width=summary.get("embedding_width"),
-        )
-
-    def views(self) -> list[str]:
-        """`test` first, `val` last, the others as they were measured."""
-        views = dict.fromkeys(name.view for name in self.metrics)
-        return sorted(views, key=lambda view: (view != "test", view == "val"))
-
-    def directions(self, view: str) -> list[tuple[str, str]]:
-        """The directions measured on a view."""
-        return [(q, a) for q, a in DIRECTIONS if MetricName(view, q, a, "R@1") in self.metrics]
-
-    def widths(self, view: str) -> list[int]:
-        """The nested widths measured on a view, narrowest first."""
-        return sorted({name.width for name in self.metrics if name.view == view and name.width})
-
-    def table(self, view: str) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of a view: a row a direction; then R@1 of half the embedding, chance, baselines."""
-        metrics = [metric for metric in METRICS if any(n.view == view and n.metric == metric for n in self.metrics)]
-        widest = self.widths(view)[-1:]
-        compared = dict.fromkeys(
-            name.of for name in self.baselines if name.view == view and name.metric == "R@1" and name.of
-        )
-        compared = {name: None for name in compared if "/" not in name}  # one voice of a baseline has one
-        header = [DIRECTION, *(metric.replace("_", " ") for metric in metrics)]
-        header += [f"R@1 at {width}" for width in widest] + [name.replace("_", " ") for name in compared]
-        rows = []
-        for query, answer in self.directions(view):
-            row = [f"{query} → {answer}"]
-            row += [_cell(self.metrics, MetricName(view, query, answer, metric)) for metric in metrics]
-            row += [_cell(self.metrics, MetricName(view, query, answer, "R@1", width)) for width in widest]
-            row += [_cell(self.baselines, MetricName(view, query, answer, "R@1", of=name)) for name in compared]
-            rows.append(row)
-        return header, rows
-
-    def size_columns(self, view: str) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of how many queries were asked and how many items were ranked, if that is known."""
-        known = [self._size(view, direction, "queries") for direction in self.directions(view)]
-        names = ["queries", "gallery"] if any(known) else []
-        return names, [[f"{self._size(view, d, n):,}" for n in names] for d in self.directions(view)]
-
-    def width_table(self, view: str) -> tuple[list[str], list[list[str]]]:
-        """R@1 of every direction at every width, and the share that the widest nested width keeps."""
-        widths = self.widths(view)
-        rows = []
-        for query, answer in self.directions(view) if widths else []:
-            full = self.metrics[MetricName(view, query, answer, "R@1")]
-            widest = self.metrics.get(MetricName(view, query, answer, "R@1", widths[-1]))
-            row = [_cell(self.metrics, MetricName(view, query, answer, "R@1", width)) for width in [*widths, None]]
-            kept = f"{widest / full:.1%}" if widest is not None and full else ""
-            rows.append([f"{query} → {answer}", *row, kept])
-        return [
-            "R@1 at width",
-            *map(str, widths),
-            str(self.width or "full"),
-            f"kept at {max(widths, default=0)}",
-        ], rows
-
-    def voice_table(self, view: str) -> tuple[list[str], list[list[str]]]:
-        """R@1 of each voice on its own, where there are several."""
-        spoken = [(query, answer) for query, answer in self.directions(view) if "audio" in (query, answer)]
-        voices = dict.fromkeys(n.of for n in self.metrics if n.view == view and n.of and (n.query, n.answer) in spoken)
-        rows = [
-            [
-                f"{q} → {a}",
-                *(_cell(self.metrics, MetricName(view, q, a, "R@1", of=voice)) for voice in voices),
-            ]
-            for q, a in spoken
-        ]
-        return ["R@1 by voice", *map(str, voices)], rows if len(voices) > 1 else []
-
-    def unanswerable(self, view: str) -> str:
-        """A sentence on the queries that were left out, if any."""
-        lost = {d: self._size(view, d, "unanswerable") for d in self.directions(view)}
-        counts = ", ".join(f"{query} → {answer} {count:,}" for (query, answer), count in lost.items() if count)
-        return f"Left out, as no gallery item shares the query's concept: {counts}." if counts else ""
-
-    def _size(self, view: str, direction: tuple[str, str], what: str) -> int:
-        return self.sizes.get(f"{view}/{direction[0]}_to_{direction[1]}/{what}", 0)
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -194,54 +84,13 @@ def draw_figures(run_dir: str | Path, summary: Mapping[str, Any]) -> list[str]:
     return missing
 
 
-def terminal_table(summary: Mapping[str, Any], width: int | None = None) -> str:
-    """The run's retrieval figures as one table for the terminal, a block a view.
-
-    Args:
-        summary: the content of `summary.json`.
-        width: columns of the terminal; None asks it. Where the table does not fit, the lesser figures go.
-    """
-    from rich.console import Console
-
-    results = Results.of(summary)
-    blocks = {view: results.table(view) for view in results.views()}
-    if not blocks:
-        return "no retrieval figures in this run\n"
-    width = width or shutil.get_terminal_size((110, 24)).columns
-    console = Console(file=io.StringIO(), width=10_000)
-    lines: list[str] = []
-    for hidden in range(len(LESSER) + 1):
-        with console.capture() as capture:
-            console.print(_rich_table(blocks, LESSER[:hidden]))
-        lines = [line.rstrip() for line in capture.get().splitlines()]
-        if max(map(len, lines)) <= width:
-            break
-    return "\n".join(lines) + "\n"
-
-
-def _rich_table(blocks: Mapping[str, tuple[list[str], list[list[str]]]], hidden: Sequence[str]) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    columns = dict.fromkeys(name for header, _ in blocks.values() for name in header[1:] if name not in hidden)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(DIRECTION)
-    for name in columns:
-        table.add_column("\n".join(name.rsplit(" ", 1)), justify="right", vertical="bottom")
-    for view, (header, rows) in blocks.items():
-        table.add_row(view)
-        for row in rows:
-            cells = dict(zip(header, row, strict=True))
-            table.add_row(f"  {row[0]}", *(cells.get(name, "") for name in columns))
-        table.add_section()
-    return table
-
-
 def _page(folder: Path, summary: Mapping[str, Any], missing: list[str]) -> str:
     """The page; adds to `missing` what it found no material for."""
     results = Results.of(summary)
     parts = [f"# {summary.get('name', folder.name)}", _facts(summary)]
-    parts += _retrieval_sections(results, _view_definitions(folder / CONFIG), missing)
+    answers = AnswerResults.of(summary)
+    parts += _retrieval_sections(results, _view_definitions(folder / CONFIG), missing, wanted=not answers.metrics)
+    parts += _answer_sections(answers)
     parts += _figure_section(folder, missing)
     parts += [_other_section(summary), _parameter_section(summary, missing)]
     parts += [_skipped_section(summary, missing), _version_section(summary), _wandb_section(folder)]
@@ -267,26 +116,37 @@ def _facts(summary: Mapping[str, Any]) -> str:
     text = ", ".join(clauses) + "." if clauses else ""
     best = summary.get("best")
     if best:
-        text += f" Best `{best['metric']}`: {_number(best['metric'], best['value'])} at step {best['step']:,}."
+        text += f" Best `{best['metric']}`: {number(best['metric'], best['value'])} at step {best['step']:,}."
     return text.strip()
 
 
-def _retrieval_sections(results: Results, definitions: Mapping[str, Any], missing: list[str]) -> list[str]:
+def _retrieval_sections(
+    results: Results, definitions: Mapping[str, Any], missing: list[str], wanted: bool
+) -> list[str]:
     """A section a view; the first also by width, and with what the columns mean."""
     parts = []
     for view in results.views():
         header, rows = results.table(view)
         more, cells = results.size_columns(view)
         parts += [f"## Retrieval: {view}", _describe_view(definitions.get(view))]
-        parts.append(_markdown(header + more, [row + extra for row, extra in zip(rows, cells, strict=True)]))
-        parts += [results.unanswerable(view), _markdown(*results.voice_table(view))]
+        parts.append(markdown(header + more, [row + extra for row, extra in zip(rows, cells, strict=True)]))
+        parts += [results.unanswerable(view), markdown(*results.voice_table(view))]
         if view == results.views()[0]:
-            parts += [_markdown(*results.width_table(view)), DEFINITIONS]
+            parts += [markdown(*results.width_table(view)), DEFINITIONS]
         absent = [f"{q} → {a}" for q, a in DIRECTIONS if (q, a) not in results.directions(view)]
         if absent:
             missing.append(f"{view}: no figures for {', '.join(absent)}")
-    if not parts:
+    if not parts and wanted:
         missing.append(f"retrieval: {SUMMARY} holds no retrieval figure")
+    return parts
+
+
+def _answer_sections(answers: AnswerResults) -> list[str]:
+    """A section a view of what a decoder said; the first also says what the columns mean."""
+    parts = []
+    for view in answers.views():
+        parts += [f"## Answers: {view}", markdown(*answers.table(view)), markdown(*answers.prefix_table(view))]
+        parts += [markdown(*answers.source_table(view)), ANSWER_DEFINITIONS if view == answers.views()[0] else ""]
     return parts
 
 
@@ -302,10 +162,9 @@ def _figure_section(folder: Path, missing: list[str]) -> list[str]:
 
 
 def _other_section(summary: Mapping[str, Any]) -> str:
-    """Figures whose names are no retrieval metric's, so that none is lost."""
-    values = {**summary.get("metrics", {}), **summary.get("baselines", {})}
-    rows = [[f"`{name}`", f"{value:.4f}"] for name, value in values.items() if not MetricName.parse(name)]
-    return "## Other figures\n\n" + _markdown(["figure", "value"], rows) if rows else ""
+    header, rows = other_table(summary)
+    cells = [[f"`{name}`", value] for name, value in rows]
+    return "## Other figures\n\n" + markdown(header, cells) if cells else ""
 
 
 def _parameter_section(summary: Mapping[str, Any], missing: list[str]) -> str:
@@ -313,7 +172,7 @@ def _parameter_section(summary: Mapping[str, Any], missing: list[str]) -> str:
         missing.append(f"parameters: not in {SUMMARY}")
         return ""
     cells = [[row["part"], f"{row['total']:,}", f"{row['trainable']:,}"] for row in summary["parameters"]]
-    return "## Parameters\n\n" + _markdown(["part", "total", "trainable"], cells)
+    return "## Parameters\n\n" + markdown(["part", "total", "trainable"], cells)
 
 
 def _skipped_section(summary: Mapping[str, Any], missing: list[str]) -> str:
@@ -326,8 +185,8 @@ def _skipped_section(summary: Mapping[str, Any], missing: list[str]) -> str:
     rows = [[f"`{row['sample_id']}`", row["reason"]] for row in skipped.get("rows", [])]
     parts = [
         f"## Skipped rows\n\n{skipped['count']:,} of {skipped['of']:,} rows could not be decoded.",
-        _markdown(["reason", "rows"], [[k, f"{n:,}"] for k, n in skipped.get("by_reason", {}).items()]),
-        _markdown(["sample", "reason"], rows[:SKIPPED_SHOWN]),
+        markdown(["reason", "rows"], [[k, f"{n:,}"] for k, n in skipped.get("by_reason", {}).items()]),
+        markdown(["sample", "reason"], rows[:SKIPPED_SHOWN]),
     ]
     if len(rows) > SKIPPED_SHOWN:
         parts.append(f"The other {len(rows) - SKIPPED_SHOWN:,} are in {SUMMARY}.")
@@ -337,7 +196,7 @@ def _skipped_section(summary: Mapping[str, Any], missing: list[str]) -> str:
 def _version_section(summary: Mapping[str, Any]) -> str:
     facts = {"commit": summary.get("commit"), "data": summary.get("data_hash"), **summary.get("versions", {})}
     rows = [[name, f"`{value}`"] for name, value in facts.items() if value]
-    return "## Versions\n\n" + _markdown(["of", "version"], rows) if rows else ""
+    return "## Versions\n\n" + markdown(["of", "version"], rows) if rows else ""
 
 
 def _wandb_section(folder: Path) -> str:
@@ -381,31 +240,6 @@ def _condition(condition: Any) -> str:
     return " or ".join(map(str, condition)) if isinstance(condition, list) else str(condition)
 
 
-def _parsed(values: Mapping[str, float]) -> dict[MetricName, float]:
-    return {name: value for text, value in values.items() if (name := MetricName.parse(text))}
-
-
-def _cell(values: Mapping[MetricName, float], name: MetricName) -> str:
-    return _number(name.metric, values[name]) if name in values else ""
-
-
-def _number(metric: str, value: float) -> str:
-    """Ranks with one decimal, shares with three (four below 0.01, where chance lies)."""
-    if "median_rank" in metric:
-        return f"{value:,.1f}"
-    return f"{value:.4f}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
-
-
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A pipe table, nothing if it has no rows; columns of numbers stand to the right."""
-    body = [list(row) for row in rows]
-    if not body:
-        return ""
-    right = [all(not row[i] or row[i][0].isdigit() for row in body) for i in range(len(header))]
-    lines = [list(header), ["---:" if number else "---" for number in right], *body]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -20,7 +20,8 @@ class LanguageTask(AlignmentTask):
         fusion: the tokens of those modalities that the decoder reads to its prefix.
         decoder: prefix and prompt to an answer.
         loss: of the embeddings; see `AlignmentTask`; None to train the decoder alone.
-        weight: of the language loss, the mean over answer tokens, beside the alignment.
+        weight: of the language loss, the mean over answer tokens, beside the alignment. What else a decoder trains on
+            counts for each of a sample's answer tokens.
         train_towers: False leaves the towers as they are, in evaluation mode and without gradient.
 
     Raises:
@@ -74,12 +75,11 @@ class LanguageTask(AlignmentTask):
             losses.append(aligned)
         if batch.dialogue is not None:
             answers, said = self.answer_loss(batch, tokens)
-            own = self.terms(batch)
-            mean = answers.nll.sum() / max(own if terms is None else terms, 1)
-            share = 1.0 if terms is None else own / max(terms, 1)
-            further = self.weight * (mean + share * answers.extra)
+            tokens_said = batch.dialogue.answer.sum(1)
+            count = max(self.terms(batch) if terms is None else terms, 1)
+            further = self.weight * (answers.nll + tokens_said * answers.extra).sum() / count
             losses.append(further if gradient is None else gradient.scale(further))
-            figures |= {"loss/lm": mean.detach(), **said}
+            figures |= {"loss/lm": answers.nll.sum().detach() / count, **said}
         return torch.stack(losses).sum(), figures
 
     def tokens(self, batch: Batch, all_of_them: bool) -> dict[str, Tokens]:

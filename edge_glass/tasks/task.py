@@ -44,6 +44,9 @@ class Task(nn.Module):
         """How many terms the mean of a batch's loss has."""
         return len(batch)
 
+    def forget_step(self) -> None:
+        """Called when a step came to no finite loss or gradient and was left out."""
+
     def state_of_rank(self) -> dict[str, Any]:
         """What this rank takes from step to step beside the weights; tensors and plain values only."""
         return {}

@@ -314,6 +314,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.task.buffers(), buffers, strict=True):
             buffer.copy_(before)  # running statistics would never forget a NaN
+        self.task.forget_step()
         progress = self.progress
         progress.nonfinite_steps += 1
         progress.nonfinite_in_a_row += 1

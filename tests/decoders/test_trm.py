@@ -64,7 +64,7 @@ def test_the_loss_is_that_of_the_answer_and_its_end_alone(chat):
         said = logits[before : before + len(exchange.answer)]
         expected = cross_entropy(said, torch.tensor(exchange.answer), reduction="sum")
         assert float(found.nll[row]) == pytest.approx(float(expected), rel=1e-6)
-    assert found.extra == 0 and exchanges(chat)[0].answer[-1] == chat.tokenizer.eos_token_id
+    assert not found.extra.any() and exchanges(chat)[0].answer[-1] == chat.tokenizer.eos_token_id
 
 
 def test_padding_changes_no_loss(chat):
@@ -160,7 +160,7 @@ def test_a_token_costs_the_same_however_many_were_said(chat):
 def test_training_averages_the_losses_of_the_supervision_steps(chat):
     made, dialogue, seen = decoder(chat, supervision=3).train(), chat.dialogue(exchanges(chat)), prefix(3)
     found = made(seen, dialogue)
-    (found.nll.sum() + found.extra).backward()
+    (found.nll.sum() + found.extra.sum()).backward()
     gradient = made.trm.words.weight.grad.clone()
     made.zero_grad()
     question, real = made._question(seen, dialogue.ids), torch.cat([seen.mask, dialogue.real], dim=1)
@@ -170,7 +170,7 @@ def test_training_averages_the_losses_of_the_supervision_steps(chat):
         losses, _ = made._losses(thought, dialogue, PREFIX)
         total = total + losses / 3
         wrong = torch.nn.functional.softplus(made.trm.done(thought, real))  # nothing is right yet
-        (losses.sum() / 3 + 0.5 * wrong.sum() / 9).backward(retain_graph=True)
+        (losses.sum() / 3 + 0.5 * wrong.sum() / 3).backward(retain_graph=True)
     torch.testing.assert_close(found.nll, total)
     torch.testing.assert_close(gradient, made.trm.words.weight.grad)
     assert found.figures["thinking/steps"] == 3
@@ -208,7 +208,7 @@ def test_the_halting_head_learns_which_answers_are_right(chat):
     for _ in range(150):
         found = made(seen, dialogue)
         optimizer.zero_grad()
-        (found.nll.mean() + found.extra).backward()
+        (found.nll + found.extra).mean().backward()
         optimizer.step()
     assert found.figures["thinking/steps"] == 1  # it knows that it knows
     assert made.generate(seen, chat.dialogue([Exchange(exchanges(chat)[0].prompt)], left=True), Sampling(8)) == [

@@ -6,7 +6,8 @@ import pytest
 
 from edge_glass.errors import UserError
 from edge_glass.evaluation.names import DIRECTIONS, METRICS, MetricName
-from edge_glass.reports.report import terminal_table, write_report
+from edge_glass.reports.report import write_report
+from edge_glass.reports.tables import terminal_table
 
 VOICES = ("awb", "f2")
 
@@ -140,7 +141,23 @@ def test_a_run_without_retrieval_still_has_a_page(tmp_path):
     page = write_report(tmp_path).read_text()
     assert "| `loss` | 2.5000 |" in page
     assert "summary.json holds no retrieval figure" in page
-    assert terminal_table({"metrics": {"loss": 2.5}}) == "no retrieval figures in this run\n"
+    assert terminal_table({"metrics": {"loss": 2.5}}).split()[-2:] == ["loss", "2.5000"]
+    assert terminal_table({"metrics": {}}) == "no figures in this run\n"
+
+
+def test_answers_have_tables_of_their_own(tmp_path):
+    figures = {"exact_match": 0.5, "BLEU-4": 20.0, "WER": 0.25, "perplexity": 3.0}
+    losses = {"loss": 1.1, "loss_shuffled_prefix": 5.25, "loss_without_prefix": 4.5}
+    metrics = {f"test/audio_caption/{name}": value for name, value in (figures | losses).items()}
+    metrics |= {"test/audio_caption/WER/flite": 0.375, "test/image_audio_caption/exact_match": 0.625}
+    (tmp_path / "summary.json").write_text(json.dumps({"name": "n", "metrics": metrics}))
+    page = write_report(tmp_path).read_text()
+    assert "| media | exact match | BLEU-4 | WER | perplexity |" in page
+    assert "| audio | 0.500 | 20.000 | 0.250 | 3.000 |" in page and "| image + audio | 0.625 |  |  |  |" in page
+    assert "| loss of the caption | own prefix | another's | none |" in page
+    assert "| audio | 1.100 | 5.250 | 4.500 |" in page and "| audio | flite |  | 0.375 |" in page
+    assert "Other figures" not in page and "holds no retrieval figure" not in page
+    assert "image + audio" in terminal_table({"metrics": metrics})
 
 
 def test_a_folder_without_a_summary_is_refused_with_what_to_do(tmp_path):
@@ -161,7 +178,7 @@ def test_the_terminal_table_fits_and_keeps_what_matters(summary, width):
 
 def test_names_and_pages_need_no_torch():
     code = (
-        "import sys; from edge_glass.reports.report import terminal_table;"
+        "import sys; from edge_glass.reports.tables import terminal_table;"
         "terminal_table({'metrics': {'test/image_to_text/R@1': 0.5}});"
         "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     )
