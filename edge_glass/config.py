@@ -414,8 +414,8 @@ def _check_puzzles(config: DictConfig, present: list[str]) -> None:
             raise ConfigError(f"dataset.puzzles.{key}={puzzles[key]}: give at least 1")
     if config.optimization.accumulation > 1:
         raise ConfigError(
-            f"optimization.accumulation={config.optimization.accumulation}: thoughts are carried from step to step, each "
-            "in its place of the batch; give optimization.batch_size instead"
+            f"optimization.accumulation={config.optimization.accumulation}: thoughts are carried from step to step, "
+            "each in its place of the batch; give optimization.batch_size instead"
         )
 
 

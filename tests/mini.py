@@ -199,9 +199,45 @@ def overrides(data: Path, text_tower: Path) -> list[str]:
     ]
 
 
+# A decoder of a few thousand weights, for a run with `overrides`.
+DECODER = (
+    "decoder=trm",
+    "decoder.model.width=32",
+    "decoder.model.heads=2",
+    "decoder.tokenizer.vocabulary=300",
+    "fusion.model.hidden_dim=32",
+)
+
+
 def experiment(data: Path, text_tower: Path, *more: str) -> DictConfig:
     """A checked config for this data set, with further overrides."""
     return to_experiment(composed(*overrides(data, text_tower), *more))
+
+
+def puzzle_experiment(*more: str) -> DictConfig:
+    """A checked config that solves 4 x 4 Sudoku in seconds."""
+    small = [
+        "experiment=trm_sudoku",
+        "dataset.puzzles.game.side=4",
+        "dataset.puzzles.game.clues=6",
+        "dataset.puzzles.train=64",
+        "dataset.puzzles.val=16",
+        "dataset.puzzles.test=16",
+        "decoder.model.width=16",
+        "decoder.model.heads=2",
+        "decoder.model.supervision=3",
+        "optimization.batch_size=8",
+        "optimization.average=0.9",
+        "training.max_steps=6",
+        "training.max_seconds=null",
+        "training.eval_every=4",
+        "training.save_every=3",
+        "training.log_every=2",
+        "training.device=cpu",
+        "training.precision=fp32",
+        "launch.threads=1",
+    ]
+    return to_experiment(composed(*small, *more))
 
 
 def run(config: DictConfig, folder: Path) -> float | None:

@@ -106,7 +106,8 @@ class TRMDecoder(LanguageDecoder):
     """A language decoder that thinks before each token: causal, so that every recursion step can be cached.
 
     In training all supervision steps are made in one pass, from one prefix, and their losses averaged; a sample leaves
-    them when the halting head calls it done. In evaluation all steps are made.
+    them when the halting head calls it done. In evaluation all steps are made: `exploration` must be large enough to
+    keep the later ones in training, too.
 
     Args:
         tokenizer: the words.
@@ -137,7 +138,7 @@ class TRMDecoder(LanguageDecoder):
         mlp_ratio: float = 4.0,
         causal: bool = True,
         scores: Literal["softmax", "stablemax"] = "softmax",
-        exploration: float = 0.1,
+        exploration: float = 0.5,
     ):
         super().__init__(tokenizer, width, adapted=False)
         if not causal:

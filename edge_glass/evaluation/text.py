@@ -9,7 +9,8 @@ def caption_metrics(said: Sequence[str], references: Sequence[Sequence[str]]) ->
 
     - `exact_match`: share of answers that are one of their references.
     - `BLEU-4` and `chrF`: of the whole corpus, 0 to 100 (sacrebleu).
-    - `ROUGE-L`: F-measure with the closest reference, mean over answers, 0 to 1 (rouge-score).
+    - `ROUGE-L`: F-measure that leans to recall (beta 1.2, as in the COCO evaluation), mean over answers, 0 to 1
+      (pycocoevalcap).
     - `CIDEr`: mean over answers, weighed by how rare n-grams are among these references, 0 to 10 (pycocoevalcap).
 
     Args:
@@ -21,7 +22,7 @@ def caption_metrics(said: Sequence[str], references: Sequence[Sequence[str]]) ->
     """
     import sacrebleu
     from pycocoevalcap.cider.cider import Cider
-    from rouge_score.rouge_scorer import RougeScorer
+    from pycocoevalcap.rouge.rouge import Rouge
 
     answers, right = [plain(text) for text in said], [[plain(text) for text in texts] for texts in references]
     if not answers or len(answers) != len(right) or not all(right):
@@ -31,15 +32,14 @@ def caption_metrics(said: Sequence[str], references: Sequence[Sequence[str]]) ->
     most = max(map(len, right))
     # sacrebleu wants the first references of all answers, then the second ones ...
     columns: Any = [[texts[i] if i < len(texts) else None for texts in right] for i in range(most)]
-    rouge = RougeScorer(["rougeL"])
-    rouges = [
-        max(rouge.score(text, answer)["rougeL"].fmeasure for text in texts) for answer, texts in _pairs(answers, right)
-    ]
-    cider, _ = Cider().compute_score(dict(enumerate(right)), {i: [answer] for i, answer in enumerate(answers)})
+    ids = range(len(answers))
+    truth, given = dict(zip(ids, right, strict=True)), {i: [answers[i]] for i in ids}
+    cider, _ = Cider().compute_score(truth, given)
+    rouge, _ = Rouge().compute_score(truth, given)
     return {
-        "exact_match": sum(answer in texts for answer, texts in _pairs(answers, right)) / len(answers),
+        "exact_match": sum(answer in texts for answer, texts in zip(answers, right, strict=True)) / len(answers),
         "BLEU-4": sacrebleu.corpus_bleu(answers, columns).score,
-        "ROUGE-L": sum(rouges) / len(rouges),
+        "ROUGE-L": float(rouge),
         "CIDEr": float(cider),
         "chrF": sacrebleu.corpus_chrf(answers, columns).score,
     }
@@ -61,7 +61,3 @@ def speech_metrics(said: Sequence[str], spoken: Sequence[str]) -> dict[str, floa
 def plain(text: str) -> str:
     """A text as it is compared: without case and with single blanks."""
     return " ".join(text.casefold().split())
-
-
-def _pairs(answers: list[str], right: list[list[str]]) -> list[tuple[str, list[str]]]:
-    return list(zip(answers, right, strict=True))

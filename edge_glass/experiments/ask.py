@@ -118,8 +118,9 @@ def _sampling(run: DictConfig, changes: DictConfig) -> Sampling:
     unknown = sorted(set(map(str, given)) - set(known))
     if unknown:
         raise ConfigError(f"generation.{unknown[0]}: there is no such knob; there are {known}")
+    changed = {str(name): value for name, value in given.items() if value is not None}
     try:
-        return Sampling(**{**plain(run.decoder.generation), **given})
+        return Sampling(**{**plain(run.decoder.generation), **changed})
     except (ValueError, TypeError) as error:
         raise ConfigError(f"generation: {error}") from error
 

@@ -19,7 +19,7 @@ from edge_glass.data.rows import Rows, data_hash, read_rows, read_tables
 from edge_glass.data.samples import Decoding
 from edge_glass.decoders.decoder import LanguageDecoder, Sampling
 from edge_glass.evaluation.answers import Interview
-from edge_glass.evaluation.names import MetricName
+from edge_glass.evaluation.names import AnswerName, MetricName
 from edge_glass.evaluation.views import Views
 from edge_glass.experiments.experiment import Experiment, Validation
 from edge_glass.experiments.parts import TrainingBatches, build, choose_device, plain
@@ -240,8 +240,20 @@ def check_monitor(config: DictConfig) -> None:
         ConfigError: it will not.
     """
     view, monitor = config.dataset.validation_view, config.training.monitor
-    if view is None or monitor in (None, f"{view}/mean/R@1"):
+    aligned = config.objective.alignment is not None or config.objective.init_from is not None
+    if view is None or monitor is None or (aligned and monitor == f"{view}/mean/R@1"):
         return
+    if config.decoder.model is not None:
+        answer, media = AnswerName.parse(monitor), [m for m in config.fusion.reads if m in modalities(config)]
+        if monitor == f"{view}/mean/exact_match" or (
+            answer and answer.view == view and set(answer.shown.split("_")) <= set(media) and answer.of is None
+        ):
+            return
+        if not aligned:
+            raise ConfigError(
+                f"training.monitor={monitor!r} is no figure of dataset.validation_view={view!r}, for nothing is "
+                f"aligned: give {view}/mean/exact_match, or one like {view}/{media[0]}_caption/exact_match"
+            )
     name, present, widths = MetricName.parse(monitor), modalities(config), [None, *config.encoder.widths]
     if not (name and name.view == view and {name.query, name.answer} <= {*present} and name.width in widths):
         raise ConfigError(

@@ -318,7 +318,8 @@ def _draw_card(axes: "Axes", card: Card, right: bool | None) -> None:
     else:
         axes.set_facecolor("#F6F6F4")
     axes.set(xlim=(0, 1), ylim=(0, 1))
-    lines = textwrap.wrap(card.name, 13 if only_word else 17, max_lines=5 if only_word else 2, placeholder=" …")
+    name = "".join(letter if letter.isprintable() else "·" for letter in card.name)  # a decoder may say anything
+    lines = textwrap.wrap(name, 13 if only_word else 17, max_lines=5 if only_word else 2, placeholder=" …")
     text = "\n".join(lines) if card.waveform is None else "“" + "\n".join(lines) + "”"
     if only_word:
         axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=9.5)

@@ -19,9 +19,9 @@ def test_case_and_blanks_do_not_count_and_any_reference_will_do():
 
 
 def test_rouge_is_the_longest_common_subsequence_with_the_closest_reference():
-    # "the cat sat" in "the cat has sat": 3 of 3 words found, 3 of 4 wanted.
+    # "the cat sat" in "the cat has sat": 3 of 3 words said are right, 3 of 4 wanted are said.
     found = caption_metrics(["the cat sat"], [["nothing alike", "the cat has sat"]])
-    assert found["ROUGE-L"] == pytest.approx(2 * 1.0 * 0.75 / 1.75)
+    assert found["ROUGE-L"] == pytest.approx((1 + 1.2**2) * 1.0 * 0.75 / (0.75 + 1.2**2 * 1.0))
 
 
 def test_bleu_is_of_four_words_and_penalises_short_answers():

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from edge_glass.config import ConfigError
 from edge_glass.errors import RESUMABLE, UserError
+from edge_glass.experiments.multimodal import MultimodalExperiment
+from edge_glass.experiments.puzzles import PuzzleExperiment
 from edge_glass.runs import differences, read_metrics
 from edge_glass.training import checkpoints as checkpoint_files
-from edge_glass.training import fit as fit_module
 from edge_glass.training.checkpoints import Checkpoints, load_state
 from edge_glass.training.fit import fit, share_of_batch
 from edge_glass.training.loop import Trainer
@@ -44,7 +45,8 @@ CLOCK = ("seconds", "samples_per_second")
 
 def train(rank: int, config: dict, folder: str, fate: dict) -> None:
     """One rank's life; `fate` says how it ends early: `rank`, and `step` or the number of a `write`."""
-    fit_module.evaluate_run = without_evaluation  # the test views are no part of what is compared
+    for experiment in (MultimodalExperiment, PuzzleExperiment):  # the test views are no part of what is compared
+        experiment.results = without_evaluation
     mine = fate.get("rank") in (rank, "all")
     if mine and "step" in fate:
         take_step = Trainer._step
@@ -138,8 +140,17 @@ def resumed(config: dict, folder: Path) -> dict:
         (1, ["optimization.negative_captions=8", "training.precision=fp16"]),
         (2, ["optimization.batch_size=4"]),
         (2, ["optimization.batch_size=2", "optimization.accumulation=4"]),
+        (1, [*mini.DECODER, "fusion=gated", "optimization.batch_size=2", "optimization.accumulation=4"]),
+        (2, [*mini.DECODER, "optimization.batch_size=4", "decoder.model.exploration=0.5"]),
     ],
-    ids=["accumulation and workers", "one rank", "two ranks", "two ranks with accumulation"],
+    ids=[
+        "accumulation and workers",
+        "one rank",
+        "two ranks",
+        "two ranks with accumulation",
+        "decoder with accumulation",
+        "decoder on two ranks",
+    ],
 )
 def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(config_of, tmp_path, world_size, more):
     config, draw = config_of(*more), random.Random(str(more))
@@ -156,6 +167,19 @@ def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(config_of,
     assert_equal(everything(killed), everything(whole))
     trained = [row["step"] for row in read_metrics(killed) if row["kind"] == "train"]
     assert trained == list(range(2, STEPS + 1, 2))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_that_is_killed_goes_on_with_the_thoughts_it_had(tmp_path, world_size):
+    config = mini.plain(mini.puzzle_experiment(f"training.max_steps={STEPS}"))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert end_ranks(train, config, str(whole), {}, world_size=world_size) == [0] * world_size
+    codes = end_ranks(
+        train, config, str(killed), {"rank": 0, "step": 7, "signal": int(signal.SIGKILL)}, world_size=world_size
+    )
+    assert all(codes)
+    assert end_ranks(train, resumed(config, killed), str(killed), {}, world_size=world_size) == [0] * world_size
+    assert_equal(everything(killed), everything(whole))
 
 
 def test_death_while_a_checkpoint_is_written_costs_that_checkpoint_at_most(config_of, tmp_path):
