@@ -106,6 +106,7 @@ class DatasetConfig:
     instructions: str | None = None
     instruction_share: float = 0.0
     answered_rows: int | None = None
+    caption_share: float = 0.0
     puzzles: PuzzleConfig | None = None
     views: dict[str, ViewConfig] = field(default_factory=dict)
     validation_view: str | None = None
@@ -149,6 +150,7 @@ class FusionConfig:
 
     model: Any = None
     reads: list[str] = field(default_factory=list)
+    takes: list[str] = field(default_factory=list)
     modality_dropout: float = 0.0
 
 
@@ -385,8 +387,25 @@ def _check_objective(config: DictConfig, present: list[str]) -> None:
             f"fusion.reads={list(config.fusion.reads)}: give one or more of {[m for m in media if m in present]}, the "
             "media that have a tower"
         )
-    if not 0 <= config.fusion.modality_dropout <= 1:
-        raise ConfigError(f"fusion.modality_dropout={config.fusion.modality_dropout}: give a probability in 0..1")
+    takes = set(config.fusion.takes)
+    if not takes or takes - {"tokens", "embedding"}:
+        raise ConfigError(f"fusion.takes={list(config.fusion.takes)}: give tokens, embedding, or both")
+    if "embedding" in takes and objective.alignment is None and objective.init_from is None:
+        raise ConfigError(
+            "fusion.takes has embedding, but nothing aligns it: give objective.init_from=<an aligned run>, "
+            "objective=joint, or fusion.takes=[tokens]"
+        )
+    for key, value in (
+        ("fusion.modality_dropout", config.fusion.modality_dropout),
+        ("dataset.caption_share", dataset.caption_share),
+    ):
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{key}={value}: give a probability in 0..1")
+    if dataset.caption_share > 0 and ("embedding" not in takes or "text" not in present):
+        raise ConfigError(
+            f"dataset.caption_share={dataset.caption_share} shows the decoder embeddings of captions: give a text "
+            "tower and fusion.takes=[tokens,embedding], or dataset.caption_share=0"
+        )
     if decoder.max_tokens < 2 or decoder.generation.max_new_tokens < 1:
         raise ConfigError(
             f"decoder.max_tokens={decoder.max_tokens} and decoder.generation.max_new_tokens="

@@ -26,7 +26,11 @@ PATHS = {
     "dataset/audio_text": ["encoder=audio_text", "dataset.audio=speech"],
     "dataset/triplets": ["dataset.image=pictures", "dataset.audio=speech"],
     "objective/joint": ["decoder=trm"],
-    "objective/instruction": ["decoder=trm"],
+    "objective/instruction": ["decoder=trm", "objective.init_from=run"],
+    **{
+        option: ["experiment=trm_sudoku"]
+        for option in ("encoder/none", "dataset/sudoku", "dataset/maze", "decoder/trm_solver", "objective/puzzle")
+    },
 }
 SHARED = ("space", "prompts", "text", "reads")  # files that are part of every option of their group
 PARTS = {  # groups that a tower takes in: at which places
@@ -86,7 +90,8 @@ def test_there_are_documented_commands_to_test():
 
 @pytest.mark.parametrize("command", sorted({*options(), *documented()}), ids=" ".join)
 def test_every_option_and_every_documented_command_is_a_valid_config(command):
-    assert len(modalities(checked(*command))) >= 2
+    config = checked(*command)
+    assert len(modalities(config)) >= (0 if config.dataset.puzzles is not None else 2)
 
 
 @pytest.mark.parametrize(

@@ -68,12 +68,10 @@ def ask(experiment: MultimodalExperiment, questions: Sequence[Question], samplin
     """
     task, chat = experiment.task, experiment.chat
     assert isinstance(task, LanguageTask) and chat is not None and experiment.prompts is not None
-    shown = tuple(name for name in task.fusion.modalities if name in questions[0].files)
+    shown = tuple(name for name in task.media if name in questions[0].files)
     strange = sorted(set(questions[0].files) - set(shown))
     if strange:
-        raise ConfigError(
-            f"{strange[0]}={questions[0].files[strange[0]]}: this run's decoder reads {task.fusion.modalities} only"
-        )
+        raise ConfigError(f"{strange[0]}={questions[0].files[strange[0]]}: this run's decoder reads {task.media} only")
     media = {name: [_read(experiment, name, question.files[name]) for question in questions] for name in shown}
     default = experiment.prompts.of(shown)[0].ask
     try:

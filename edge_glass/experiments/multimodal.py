@@ -25,6 +25,7 @@ from edge_glass.experiments.experiment import Experiment, Validation
 from edge_glass.experiments.parts import TrainingBatches, build, choose_device, plain
 from edge_glass.models.alignment import MultimodalAlignmentModel, Tower
 from edge_glass.models.counts import ParameterRow, parameter_table
+from edge_glass.models.fusion import EMBEDDING
 from edge_glass.models.projection import WhitenedProjection
 from edge_glass.models.recall import CaptionRecall
 from edge_glass.results import RunResults, evaluate_run, validation_figures
@@ -101,7 +102,7 @@ class MultimodalExperiment(Experiment):
         assert isinstance(self.task, LanguageTask)
         sampling = Sampling(**plain(self.config.decoder.generation))
         most = self.config.dataset.answered_rows
-        return Interview(views, self.prompts, self.chat, self.task.fusion.modalities, sampling, most)
+        return Interview(views, self.prompts, self.chat, self.task.media, sampling, most)
 
     def training_rows(self) -> dict[str, Rows]:
         """The rows of the training split."""
@@ -153,19 +154,27 @@ class MultimodalExperiment(Experiment):
         asked = [] if self.instructions is None else self.instructions.column("instruction")
         tokenizer = build(config.decoder.tokenizer, texts=[*captions, *self.prompts.texts(), *filter(None, asked)])
         decoder = build(config.decoder.model, tokenizer=tokenizer)
-        dims = {name: self.model.tower(name).encoder.dim for name in config.fusion.reads if name in self.model.towers}
+        media = [name for name in config.fusion.reads if name in self.model.towers]
+        dims = {name: self.model.tower(name).encoder.dim for name in media if "tokens" in config.fusion.takes}
+        if "embedding" in config.fusion.takes:
+            dims[EMBEDDING] = self.model.out_dim
         loss = None if alignment is None else build(alignment)
         fusion = build(config.fusion.model, dims=dims, width=decoder.width)
-        return LanguageTask(self.model, fusion, decoder, loss, config.objective.lm, config.objective.train_towers)
+        return LanguageTask(
+            self.model, fusion, decoder, loss, media, config.objective.lm, config.objective.train_towers
+        )
 
     def _dialogues(self, captions: TriModalDataset) -> DialogueDataset:
         assert isinstance(self.task, LanguageTask) and self.prompts is not None and self.chat is not None
-        reads, seed, dataset = self.task.fusion.modalities, self.config.seed, self.config.dataset
+        reads, seed, dataset = self.task.media, self.config.seed, self.config.dataset
         instructions = None
         if self.instructions is not None:
             instructions = InstructionDataset(self.instructions, self.decoding, self.chat, reads, seed)
         dropout, share = self.config.fusion.modality_dropout, dataset.instruction_share
-        return DialogueDataset(captions, self.prompts, self.chat, reads, dropout, instructions, share, seed)
+        captions_alone = dataset.caption_share
+        return DialogueDataset(
+            captions, self.prompts, self.chat, reads, dropout, captions_alone, instructions, share, seed
+        )
 
 
 class MultimodalValidation:

@@ -113,9 +113,11 @@ class MultimodalAlignmentModel(nn.Module):
     def embed(self, modality: str, tokens: Tokens) -> Tensor:
         """Embeddings `[batch, out_dim]` of a tower's tokens; see `encode`."""
         embeddings = self.tower(modality).embed(tokens)
-        if self.recall is None or self.training or modality == "text":
-            return embeddings
-        return self.recall(embeddings)
+        return embeddings if self.training else self.recalled(modality, embeddings)
+
+    def recalled(self, modality: str, embeddings: Tensor) -> Tensor:
+        """Embeddings `[..., out_dim]` of images and audio drawn to the known captions, if there is `recall`."""
+        return embeddings if self.recall is None or modality == "text" else self.recall(embeddings)
 
     def tower(self, modality: str) -> Tower:
         """The tower of a modality that has one."""

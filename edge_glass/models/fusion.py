@@ -12,6 +12,9 @@ from edge_glass.encoders.tokens import Tokens
 from edge_glass.models.perceiver import sinusoids
 from edge_glass.models.projection import MultimodalProjector
 
+EMBEDDING = "embedding"  # the shared embedding of what a sample shows, one token of it: fused like a modality
+SOURCES = (*MODALITIES, EMBEDDING)
+
 
 @dataclass
 class Fused:
@@ -44,11 +47,11 @@ class MultimodalFusion(nn.Module, ABC):
 
     def __init__(self, dims: dict[str, int], width: int, tokens: int):
         super().__init__()
-        if not dims or any(name not in MODALITIES for name in dims):
-            raise ValueError(f"fusion of {list(dims)}: give one or more of {list(MODALITIES)}")
+        if not dims or any(name not in SOURCES for name in dims):
+            raise ValueError(f"fusion of {list(dims)}: give one or more of {list(SOURCES)}")
         if tokens < 1:
             raise ValueError(f"tokens={tokens}: a prefix has at least 1")
-        self.modalities = [name for name in MODALITIES if name in dims]
+        self.modalities = [name for name in SOURCES if name in dims]
         self.width = width
         self.tokens = tokens
 
@@ -101,9 +104,10 @@ class CrossAttentionFusion(MultimodalFusion):
         dims: modality -> width of its tokens.
         width: of the prefix.
         tokens: prefix tokens, one a query.
-        heads: attention heads, dividing `width`.
+        heads: attention heads, dividing `dim`.
         depth: layers of attention and MLP.
-        hidden_dim: of the MLPs; None takes `width`.
+        dim: width of the queries, which one linear layer brings to the decoder's; None takes the decoder's itself.
+        hidden_dim: of the MLPs; None takes `dim`.
         max_tokens: the longest sequence of a modality.
 
     Raises:
@@ -117,17 +121,20 @@ class CrossAttentionFusion(MultimodalFusion):
         tokens: int,
         heads: int = 4,
         depth: int = 1,
+        dim: int | None = None,
         hidden_dim: int | None = None,
         max_tokens: int = 1500,
     ):
         super().__init__(dims, width, tokens)
-        if width % heads:
-            raise ValueError(f"{heads} heads do not divide the decoder's width {width}; choose heads that do")
-        self.queries = nn.Parameter(torch.randn(tokens, width))
-        self.readers = nn.ModuleDict({name: Reader(dims[name], width, max_tokens) for name in self.modalities})
+        dim = dim or width
+        if dim % heads:
+            raise ValueError(f"{heads} heads do not divide the width {dim} of the queries; choose heads that do")
+        self.queries = nn.Parameter(torch.randn(tokens, dim))
+        self.readers = nn.ModuleDict({name: Reader(dims[name], dim, max_tokens) for name in self.modalities})
         self.layers = nn.ModuleList(
-            CrossAttentionLayer(self.modalities, width, heads, hidden_dim or width) for _ in range(depth)
+            CrossAttentionLayer(self.modalities, dim, heads, hidden_dim or dim) for _ in range(depth)
         )
+        self.out = nn.Identity() if dim == width else nn.Linear(dim, width)
 
     def forward(self, tokens: dict[str, Tokens]) -> Fused:
         given = {name: self.readers[name](tokens[name]) for name in self.modalities if name in tokens}
@@ -138,7 +145,7 @@ class CrossAttentionFusion(MultimodalFusion):
             queries = layer(queries, given)
         seen = torch.stack([part.mask.any(1) for part in given.values()]).any(0)  # [batch]
         gates = {f"gate/{name}": torch.stack([layer.openness(name) for layer in layers]).mean() for name in given}
-        return Fused(Tokens(queries, seen[:, None].expand(-1, self.tokens)), gates)
+        return Fused(Tokens(self.out(queries), seen[:, None].expand(-1, self.tokens)), gates)
 
 
 class GatedFusion(MultimodalFusion):

@@ -217,6 +217,33 @@ def accuracy_by_step(curve: Mapping[int, float], trained: int, path: str | Path)
     return True
 
 
+def grouped_points(groups: Mapping[str, Sequence[float]], path: str | Path, title: str, label: str) -> bool:
+    """Draw a few measurements (seeds, say) of each of several things as points with their mean.
+
+    Args:
+        groups: name -> values in 0..1.
+        path: the PNG to write.
+        title: above everything.
+        label: what was measured.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    if not groups:
+        return False
+    with _styled():
+        figure, (axes,) = _figure((6.4, 0.9 + 0.5 * len(groups)))
+        for place, values in enumerate(groups.values()):
+            axes.plot(values, [place] * len(values), "o", color=BLUE, markersize=5, alpha=0.6)
+            mean = sum(values) / len(values)
+            axes.plot([mean, mean], [place - 0.25, place + 0.25], color=INK, linewidth=2)
+            axes.text(mean, place - 0.3, f"{mean:.2f}", ha="center", va="bottom", fontsize=8.5)
+        axes.set_yticks(range(len(groups)), list(groups))
+        axes.set(title=title, xlabel=label, xlim=(-0.02, 1.02), ylim=(len(groups) - 0.5, -0.6))
+        _save(figure, path)
+    return True
+
+
 def puzzle_gallery(puzzles: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], side: int, path: str | Path) -> bool:
     """Draw puzzles with the answers given: clues in black, right cells in green, wrong ones in red.
 
@@ -318,7 +345,7 @@ def _draw_card(axes: "Axes", card: Card, right: bool | None) -> None:
     else:
         axes.set_facecolor("#F6F6F4")
     axes.set(xlim=(0, 1), ylim=(0, 1))
-    name = "".join(letter if letter.isprintable() else "·" for letter in card.name)  # a decoder may say anything
+    name = "".join(c if c.isprintable() and c != "\ufffd" else "·" for c in card.name)  # a decoder may say anything
     lines = textwrap.wrap(name, 13 if only_word else 17, max_lines=5 if only_word else 2, placeholder=" …")
     text = "\n".join(lines) if card.waveform is None else "“" + "\n".join(lines) + "”"
     if only_word:

@@ -136,7 +136,7 @@ def test_a_dialogue_depends_on_seed_epoch_and_place_alone(captions):
 
 
 def test_instructions_are_mixed_in_at_their_share(captions, instructions):
-    dataset = DialogueDataset(captions, PROMPTS, chat(), MEDIA, 0.0, instructions, share=0.25)
+    dataset = DialogueDataset(captions, PROMPTS, chat(), MEDIA, instructions=instructions, share=0.25)
     assert len(dataset) == round(len(captions) / 0.75)
     mixed = [sample.concept_id < 0 or bool(sample.skipped) for sample in epoch(dataset)]  # a broken one is replaced
     assert sum(mixed) == len(dataset) - len(captions)
@@ -181,3 +181,14 @@ def test_a_batch_says_whose_media_it_holds_and_splits_with_them(captions, instru
     np.testing.assert_array_equal(second.audio.waveform, batch.audio.waveform[1:])
     assert [part.text for part in (first, second)] == [[text] for text in batch.text]
     np.testing.assert_array_equal(second.dialogue.ids, batch.dialogue.ids[2:])
+
+
+def test_captions_alone_are_shown_as_often_as_asked(captions):
+    prompts = Prompts({"image_audio": [{"ask": "Both?"}], "text": [{"ask": "Say it."}]})
+    dataset = DialogueDataset(captions, prompts, chat(), MEDIA, caption_share=0.25)
+    samples = [sample for number in range(8) for sample in epoch(dataset, number)]
+    alone = [sample for sample in samples if sample.shown == ("text",)]
+    assert len(alone) / len(samples) == pytest.approx(0.25, abs=0.06)
+    assert all(written(s) == f"<user> Say it.<assistant> {s.text}<end>" and s.image is not None for s in alone)
+    with pytest.raises(DataError, match=r"dataset\.caption_share=2"):
+        DialogueDataset(captions, prompts, chat(), MEDIA, caption_share=2)

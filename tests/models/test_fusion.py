@@ -13,6 +13,7 @@ KINDS = [
     pytest.param((ConcatFusion, {}), id="concat"),
     pytest.param((ConcatFusion, {"segments": {"image": 4, "audio": 3}}), id="concat of segments"),
     pytest.param((CrossAttentionFusion, {"heads": 2, "depth": 2}), id="cross attention"),
+    pytest.param((CrossAttentionFusion, {"heads": 2, "dim": 12}), id="cross attention in another width"),
     pytest.param((GatedFusion, {}), id="gated"),
     pytest.param((GatedFusion, {"segments": {"image": 4}}), id="gated of segments"),
 ]
@@ -146,7 +147,7 @@ def test_gated_weights_are_a_samples_own_and_sum_to_one_over_what_it_has():
     [
         (ConcatFusion, {}, "give one or more of"),
         (GatedFusion, {"video": 3}, r"fusion of \['video'\]"),
-        (CrossAttentionFusion, {"image": 4}, "3 heads do not divide the decoder's width 8"),
+        (CrossAttentionFusion, {"image": 4}, "3 heads do not divide the width 8 of the queries"),
     ],
 )
 def test_fusions_that_cannot_be_are_refused(kind, dims, words):

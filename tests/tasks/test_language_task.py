@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from edge_glass.data.batch import AudioClips, Batch
 from edge_glass.data.dialogue import Chat
@@ -17,6 +18,7 @@ from edge_glass.models.fusion import ConcatFusion, GatedFusion
 from edge_glass.models.losses import TriModalAlignmentLoss
 from edge_glass.models.pooling import SegmentPool
 from edge_glass.models.projection import ProjectionHead
+from edge_glass.models.recall import CaptionRecall
 from edge_glass.tasks.language import LanguageTask
 from edge_glass.training.accumulation import accumulate_exact
 from tests import mini
@@ -50,12 +52,17 @@ def make_chat() -> Chat:
     return Chat(trained_tokenizer([*NAMES, "What? Say it."], 300), 30)
 
 
-def make_task(lm: float = 1.0, align: bool = True, train_towers: bool = True, fusion=ConcatFusion) -> LanguageTask:
+DIMS = {"image": 4, "audio": 4, "embedding": 8}
+
+
+def make_task(
+    lm: float = 1.0, align: bool = True, train_towers: bool = True, fusion=ConcatFusion, dims=DIMS
+) -> LanguageTask:
     torch.manual_seed(0)
     model = MultimodalAlignmentModel({name: tower() for name in ("image", "audio", "text")})
     decoder = TRMDecoder(make_chat().tokenizer, 8, 2, latent_steps=1, exploration=1.0)
     loss = TriModalAlignmentLoss([8, 4]) if align else None
-    return LanguageTask(model, fusion({"image": 4, "audio": 4}, 8, 2), decoder, loss, lm, train_towers)
+    return LanguageTask(model, fusion(dims, 8, 2), decoder, loss, ["image", "audio"], lm, train_towers)
 
 
 def make_batch(rows: range = range(8), lacking: dict[str, list[int]] | None = None) -> Batch:
@@ -194,8 +201,8 @@ def test_what_it_is_taught_to_say_it_says():
     task, chat = make_task(), make_chat()
     batch = make_batch(range(4))
     batch.dialogue = chat.dialogue([chat.exchange("What?", NAMES[row]) for row in range(4)])
-    optimizer = torch.optim.Adam(task.parameters(), lr=0.01)
-    for _ in range(120):
+    optimizer = torch.optim.Adam(task.parameters(), lr=0.003)
+    for _ in range(240):
         optimizer.zero_grad()
         accumulate_exact(task, [batch])
         optimizer.step()
@@ -207,5 +214,43 @@ def test_what_it_is_taught_to_say_it_says():
 def test_a_fusion_of_a_modality_without_a_tower_is_refused():
     model = MultimodalAlignmentModel({"image": tower(), "text": tower()})
     decoder = TRMDecoder(make_chat().tokenizer, 8, 2)
-    with pytest.raises(ValueError, match=r"fusion reads \['audio'\], for which there is no tower"):
-        LanguageTask(model, ConcatFusion({"image": 4, "audio": 4}, 8, 2), decoder, None)
+    with pytest.raises(ValueError, match=r"the decoder reads .*'audio'.*, for which there is no tower"):
+        LanguageTask(model, ConcatFusion({"image": 4, "audio": 4}, 8, 2), decoder, None, ["image", "audio"])
+
+
+def test_the_shared_embedding_is_the_mean_of_what_is_shown_and_captions_can_stand_in_for_media():
+    task = make_task(dims={"embedding": 8}).eval()
+    batch = make_batch(range(4))
+    batch.shown = {
+        "image": torch.tensor([True, True, False, False]),
+        "audio": torch.tensor([False, True, True, False]),
+        "text": torch.tensor([False, False, False, True]),
+    }
+    batch.extra_text, batch.extra_ids = ["green cross"], torch.tensor([99])  # belongs to no sample
+    tokens = task.tokens(batch, True)
+    unit = {name: normalize(task.model.embed(name, part), dim=-1) for name, part in tokens.items()}
+    expected = [
+        unit["image"][0],
+        normalize(unit["image"][1] + unit["audio"][1], dim=0),
+        unit["audio"][2],
+        unit["text"][3],
+    ]
+    found = task._embedding(batch, tokens, {})
+    torch.testing.assert_close(found.tokens[:, 0], torch.stack(expected))
+    raw = {name: task.model.tower(name).embed(part) for name, part in tokens.items()}
+    torch.testing.assert_close(task._embedding(batch, tokens, raw).tokens, found.tokens)
+    assert task.prefix(batch, tokens).prefix.mask.all()
+
+
+def test_the_decoder_reads_embeddings_as_they_are_recalled_and_alignment_as_they_are():
+    task = make_task(dims={"embedding": 8})
+    batch = make_batch(range(4))
+    memory = torch.eye(8)[:3]
+    task.model.recall = CaptionRecall(memory, 100.0)
+    tokens = task.tokens(batch, True)
+    made = task._embedding(batch, tokens, {}).tokens[:, 0]
+    shown = batch.shown["image"] ^ batch.shown["audio"]  # of one medium: near one of the captions
+    cosines = normalize(made[shown], dim=-1) @ memory.T
+    assert cosines.amax(1).min() > 0.7
+    plain = task.loss_of(task.encode(batch), batch.ids())[0]
+    torch.testing.assert_close(task.alignment(task.encode(batch), batch, None)[0], plain)
