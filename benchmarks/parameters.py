@@ -18,10 +18,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from edge_glass.config import modalities, to_experiment
 from edge_glass.decoders.qwen import QwenDecoder
 from edge_glass.decoders.tokenizers import trained_tokenizer
+from edge_glass.experiments.multimodal import fused_widths
 from edge_glass.experiments.parts import build, plain
 from edge_glass.models.alignment import MultimodalAlignmentModel
 from edge_glass.models.counts import ParameterRow, parameter_table
-from edge_glass.models.fusion import EMBEDDING
+from edge_glass.reports.tables import markdown
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 VISION = "edge_glass.encoders.vision.VisionEncoder.from_config"
@@ -76,9 +77,8 @@ def counted(config: DictConfig) -> list[ParameterRow]:
         parts: dict[str, torch.nn.Module] = dict(model.parts())
         if config.decoder.model is not None:
             decoder = _decoder(config)
-            media = [name for name in config.fusion.reads if name in towers]
-            dims = {name: towers[name].encoder.dim for name in media} | {EMBEDDING: model.out_dim}
-            parts |= {"fusion": build(config.fusion.model, dims=dims, width=decoder.width), "decoder": decoder}
+            fusion = build(config.fusion.model, dims=fused_widths(config, model), width=decoder.width)
+            parts |= {"fusion": fusion, "decoder": decoder}
     return parameter_table(parts, torch.nn.ModuleList(parts.values()))
 
 
@@ -93,15 +93,24 @@ def _decoder(config: DictConfig) -> Any:
     return QwenDecoder(trained_tokenizer(["a"], 300), get_peft_model(model, adapter), adapted=True)
 
 
-def main() -> None:
-    for name, (overrides, estimate) in ESTIMATES.items():
-        rows = counted(composed(overrides))
-        trained, total = rows[-1]["trainable"] / 1e6, rows[-1]["total"] / 1e6
-        print(f"\n{name}: {trained:.1f} M trained of {total:,.0f} M, published: {estimate} M")
-        for row in rows[:-1]:
-            if row["trainable"]:
-                print(f"  {row['part']:20} {row['trainable'] / 1e6:8.2f} M")
+def table() -> str:
+    """Trained parameters in millions, one row a part and one column a setting, as docs/published.md has it."""
+    counts = {name: counted(composed(overrides)) for name, (overrides, _) in ESTIMATES.items()}
+    trained = {name: {row["part"]: row["trainable"] for row in rows} for name, rows in counts.items()}
+    longest_first = sorted(counts.values(), key=len, reverse=True)
+    parts = [part for part in dict.fromkeys(row["part"] for rows in longest_first for row in rows) if part != "total"]
+    rows = [
+        [part, *(f"{count[part] / 1e6:.1f}" if count.get(part) else "" for count in trained.values())]
+        for part in parts
+        if any(count.get(part) for count in trained.values())
+    ]
+    rows += [
+        ["trained", *(f"{count['total'] / 1e6:.1f}" for count in trained.values())],
+        ["published estimate", *(str(estimate) for _, estimate in ESTIMATES.values())],
+        ["all, frozen ones included", *(f"{found[-1]['total'] / 1e6:,.0f}" for found in counts.values())],
+    ]
+    return markdown(["million parameters", *ESTIMATES], rows)
 
 
 if __name__ == "__main__":
-    main()
+    print(table())

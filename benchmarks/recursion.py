@@ -49,10 +49,11 @@ def compare(seconds: float, seeds: int) -> dict[str, Any]:
     """Every model with every seed, one after the other."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
+        steps = {name: steps_in(seconds, MODELS[name], Path(temporary, name)) for name in MODELS}
         for name, overrides in MODELS.items():
-            steps = steps_in(seconds, overrides, Path(temporary, f"trial-{len(rows)}"))
+            every = f"training.eval_every={steps[name]}"
             for seed in range(seeds):
-                length = [f"training.max_steps={steps}", "training.max_seconds=null", f"training.eval_every={steps}"]
+                length = [f"training.max_steps={steps[name]}", "training.max_seconds=null", every]
                 summary = train([*overrides, *length, f"seed={seed}"], Path(temporary, f"{len(rows)}"))
                 row = {
                     "model": name,

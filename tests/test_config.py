@@ -24,6 +24,7 @@ ROOT = mini.CONF.parent
 PATHS = {
     "dataset/image_text": ["encoder=vision_text", "dataset.image=pictures"],
     "dataset/audio_text": ["encoder=audio_text", "dataset.audio=speech"],
+    "dataset/pixmo_cap_openorca": ["encoder=vision_text"],
     "dataset/triplets": ["dataset.image=pictures", "dataset.audio=speech"],
     "objective/joint": ["decoder=trm"],
     "objective/instruction": ["decoder=trm", "objective.init_from=run"],

@@ -7,6 +7,7 @@ import soundfile
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from edge_glass.config import to_experiment
 from edge_glass.data.rows import read_rows
 from edge_glass.decoders.tokenizers import CHAT_TEMPLATE
 from edge_glass.experiments.build import open_run
@@ -218,20 +219,15 @@ def qwen_folder(tmp_path_factory):
     return folder
 
 
+def small_qwen(folder) -> list[str]:
+    """The overrides that put a language model on disk into the place of Qwen2.5-7B."""
+    return ["language_model@backbone.decoder=pretrained", f"backbone.decoder.name={folder}"]
+
+
 def lora_run(folder, name: str, mini_data, text_tower, qwen_folder, *more: str):
     """A run of the small Qwen2 with LoRA, as `backbone=pretrained` would have it."""
-    settings = [
-        "decoder=qwen",
-        "+backbone.decoder.name=" + str(qwen_folder),
-        "~backbone.decoder.model",
-        "+backbone.decoder.model={_target_: edge_glass.decoders.qwen.QwenDecoder.from_pretrained, _partial_: true, "
-        "name: '${backbone.decoder.name}', load_in_8bit: false, load_in_4bit: false, gradient_checkpointing: true, "
-        "lora: {r: 4, alpha: 8, dropout: 0.1, target_modules: [q_proj, v_proj]}}",
-        "~backbone.decoder.tokenizer",
-        "+backbone.decoder.tokenizer={_target_: edge_glass.decoders.tokenizers.pretrained_tokenizer, _partial_: true, "
-        "name: '${backbone.decoder.name}'}",
-        "fusion.model.hidden_dim=16",
-    ]
+    settings = ["decoder=qwen", *small_qwen(qwen_folder), "backbone.decoder.model.load_in_8bit=false"]
+    settings += ["backbone.decoder.model.lora.r=4", "fusion.model.hidden_dim=16"]
     mini.run(mini.experiment(mini_data, text_tower, *settings, *more), folder / name)
     return folder / name
 
@@ -258,6 +254,31 @@ def test_lora_on_a_quantised_qwen_trains_resumes_and_is_exported(
     assert written("red circle")["input_ids"] == read("red circle")["input_ids"]
     taken = command("export.py", f"run={run}", f"to={tmp_path}/merged")
     assert "that is there already" in taken.stderr
+
+
+@pytest.mark.parametrize("name", ["vision_text_qwen", "trimodal_qwen", "trimodal_trm"])
+def test_the_published_settings_run_with_small_towers(
+    command, tmp_path, mini_data, text_tower, qwen_folder, no_pictures, name
+):
+    settings = [f"experiment={name}", "backbone=tiny", "dataset=emoji_speech", *mini.overrides(mini_data, text_tower)]
+    settings += ["optimization.batch_size=4", "decoder.max_tokens=48", "decoder.generation.max_new_tokens=4"]
+    settings += [
+        "training.workers=0",
+        "dataset.caption_share=0.0",
+        "fusion.model.tokens=4",
+        "fusion.model.hidden_dim=16",
+    ]
+    if name == "trimodal_trm":
+        settings += ["decoder.model.width=32", "decoder.model.heads=2", "decoder.tokenizer.vocabulary=300"]
+    else:
+        settings += small_qwen(qwen_folder)
+    if name == "trimodal_qwen":
+        settings += ["fusion.model.dim=16"]
+    run = mini.run(to_experiment(mini.composed(*settings)), tmp_path / "run")
+    found = figures(tmp_path / "run")
+    assert run == found["val/mean/R@1"] and "test/image_caption/exact_match" in found
+    again = command("evaluate.py", f"run={tmp_path}/run")
+    assert again.code == 0 and figures(tmp_path / "run") == pytest.approx(found)
 
 
 def test_a_small_qwen_from_scratch_trains_on_the_same_command(tmp_path, mini_data, text_tower, no_pictures):

@@ -155,11 +155,8 @@ class MultimodalExperiment(Experiment):
         tokenizer = build(config.decoder.tokenizer, texts=[*captions, *self.prompts.texts(), *filter(None, asked)])
         decoder = build(config.decoder.model, tokenizer=tokenizer)
         media = [name for name in config.fusion.reads if name in self.model.towers]
-        dims = {name: self.model.tower(name).encoder.dim for name in media if "tokens" in config.fusion.takes}
-        if "embedding" in config.fusion.takes:
-            dims[EMBEDDING] = self.model.out_dim
         loss = None if alignment is None else build(alignment)
-        fusion = build(config.fusion.model, dims=dims, width=decoder.width)
+        fusion = build(config.fusion.model, dims=fused_widths(config, self.model), width=decoder.width)
         return LanguageTask(
             self.model, fusion, decoder, loss, media, config.objective.lm, config.objective.train_towers
         )
@@ -240,6 +237,14 @@ def prepare_captions(model: MultimodalAlignmentModel, tables: list[Rows], recall
             whitened.fit(features)
         if recall is not None:
             model.recall = CaptionRecall(tower.projection(features), recall)
+
+
+def fused_widths(config: DictConfig, model: MultimodalAlignmentModel) -> dict[str, int]:
+    """What a decoder reads, and its width: the towers' tokens, the shared embedding, or both."""
+    takes = config.fusion.takes
+    media = [name for name in config.fusion.reads if name in model.towers and "tokens" in takes]
+    widths = {name: model.tower(name).encoder.dim for name in media}
+    return widths | ({EMBEDDING: model.out_dim} if "embedding" in takes else {})
 
 
 def check_monitor(config: DictConfig) -> None:
