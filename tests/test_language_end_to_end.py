@@ -270,6 +270,7 @@ def test_the_published_settings_run_with_small_towers(
     ]
     if name == "trimodal_trm":
         settings += ["decoder.model.width=32", "decoder.model.heads=2", "decoder.tokenizer.vocabulary=300"]
+        settings += ["decoder.model.supervision=2", "decoder.model.latent_steps=2"]
     else:
         settings += small_qwen(qwen_folder)
     if name == "trimodal_qwen":
