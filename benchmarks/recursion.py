@@ -1,20 +1,19 @@
-"""Does recursion earn its keep? Models of equal size on unseen 6 x 6 Sudoku, each trained for equally long.
+"""Does recursion earn its keep? Models of equal size on unseen 6 x 6 Sudoku.
 
-python -m benchmarks.recursion                      three seeds, 200 seconds a run: about three quarters of an hour
-python -m benchmarks.recursion --seconds 60 --seeds 1
+python -m benchmarks.recursion                      three seeds, 3,000 steps and more: about an hour of one core
+python -m benchmarks.recursion --steps 1000 --seeds 1
 
-Each model gets as many steps as it makes in that time of one core, and its learning rate falls over just those; the one
-with the least recursion also gets as many steps as the one with recursion. The table is written to
-benchmarks/recursion.json, and drawn beside it.
+In a training step recursion applies the net 16 times, n = T = 1 half as often: it is trained for as many steps, and for
+twice as many, which is as much computing. The others get about the time that recursion takes. The table is written to benchmarks/recursion.json, and drawn beside it.
 """
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,13 @@ from edge_glass.training.summary import commit
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = Path(__file__).with_suffix(".json")
 ONE_STEP = ["decoder.model.latent_steps=1", "decoder.model.cycles=1"]
-RECURSION, LEAST = "recursion", "n = T = 1"
-MODELS = {
-    RECURSION: [],
-    LEAST: ONE_STEP,
-    "n = T = 1, as many steps": ONE_STEP,
-    "n = T = 1, one supervision step": [*ONE_STEP, "decoder.model.supervision=1"],
-    "plain transformer": ["decoder.model.recursive=false", "decoder.model.supervision=1"],
+MODELS = {  # overrides, and how many times the steps of recursion
+    "recursion (n = 3)": ([], 1),
+    "n = T = 1": (ONE_STEP, 1),
+    "n = T = 1, as much computing": (ONE_STEP, 2),
+    "n = T = 1, one supervision step": ([*ONE_STEP, "decoder.model.supervision=1"], 1),
+    "plain transformer": (["decoder.model.recursive=false", "decoder.model.supervision=1"], 2),
 }
-TRIALS = (20, 80)  # steps; the difference leaves out what a run costs beside them
 
 
 def train(overrides: list[str], folder: Path) -> dict[str, Any]:
@@ -42,34 +39,15 @@ def train(overrides: list[str], folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
-def steps_in(seconds: float, overrides: list[str], folder: Path) -> int:
-    """How many training steps a model makes in that time of a core, whatever else the machine does."""
-    small = ["dataset.puzzles.train=256", "dataset.puzzles.val=16", "dataset.puzzles.test=16"]
-    used = []
-    for steps in TRIALS:
-        before = _core_seconds()
-        train([*overrides, *small, f"training.max_steps={steps}", f"training.eval_every={steps}"], folder / str(steps))
-        used.append(_core_seconds() - before)
-    return int(seconds * (TRIALS[1] - TRIALS[0]) / (used[1] - used[0]))
-
-
-def _core_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def compare(seconds: float, seeds: int) -> dict[str, Any]:
-    """Every model with every seed, one after the other."""
+def compare(steps: int, seeds: int) -> Iterator[dict[str, Any]]:
+    """What is known after each run: every model with one seed, then with the next."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        steps = {name: steps_in(seconds, MODELS[name], Path(temporary, f"trial-{i}")) for i, name in enumerate(MODELS)}
-        steps["n = T = 1, as many steps"] = steps[RECURSION]
-        print(steps, flush=True)
-        for name, overrides in MODELS.items():
-            every = f"training.eval_every={steps[name]}"
-            for seed in range(seeds):
-                length = [f"training.max_steps={steps[name]}", "training.max_seconds=null", every]
-                summary = train([*overrides, *length, f"seed={seed}"], Path(temporary, f"{len(rows)}"))
+        for seed in range(seeds):
+            for name, (overrides, times) in MODELS.items():
+                length = [f"training.max_steps={times * steps}", f"training.eval_every={times * steps}"]
+                limits = [*length, "training.max_seconds=null", f"seed={seed}"]
+                summary = train([*overrides, *limits], Path(temporary, f"{len(rows)}"))
                 row = {
                     "model": name,
                     "seed": seed,
@@ -81,7 +59,7 @@ def compare(seconds: float, seeds: int) -> dict[str, Any]:
                 }
                 rows.append(row)
                 print(f"{name:34} seed {seed}: exact match {row['exact_match']:.3f}, {row['steps']} steps", flush=True)
-    return {"seconds": seconds, "commit": commit(), "runs": rows, "table": table(rows)}
+                yield {"commit": commit(), "runs": rows, "table": table(rows)}
 
 
 def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -105,18 +83,19 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=200.0, help="training time of each run")
+    parser.add_argument("--steps", type=int, default=3000, help="training steps of the model with recursion")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    result = compare(options.seconds, options.seeds)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result: dict[str, Any] = {}
+    for result in compare(options.steps, options.seeds):
+        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     grouped_points(
         {
             row["model"]: [run["exact_match"] for run in result["runs"] if run["model"] == row["model"]]
             for row in result["table"]
         },
         RESULT.with_suffix(".png"),
-        "Unseen 6 x 6 Sudoku, equal parameters and time",
+        "Unseen 6 x 6 Sudoku, equal parameters",
         "exact match",
     )
     for row in result["table"]:

@@ -36,6 +36,7 @@ PATHS = {
 SHARED = ("space", "prompts", "text", "reads")  # files that are part of every option of their group
 PARTS = {  # groups that a tower takes in: at which places
     "resampler": [f"resampler@encoder.{name}.resampler" for name in ("image", "audio", "text")],
+    "language_model": ["language_model@backbone.decoder"],
     "projection": [f"projection@encoder.{name}.projection" for name in ("image", "audio", "text")],
 }
 NO_GROUPS = ("hydra", "tower")  # Hydra's own looks; parts of every encoder

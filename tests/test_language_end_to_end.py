@@ -193,7 +193,7 @@ def test_every_fusion_trains_with_every_set_of_towers(tmp_path, mini_data, text_
     )
     if fusion != "concat":
         (row, *_) = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
-        assert {name for name in row if name.startswith("gate/")} <= {"gate/image", "gate/audio"}
+        assert {name for name in row if name.startswith("gate/")} <= {"gate/image", "gate/audio", "gate/embedding"}
         assert any(name.startswith("gate/") for name in row)
 
 
