@@ -158,6 +158,8 @@ def test_the_space_is_written_once_and_reaches_every_tower_and_the_loss():
         (["+dataset.shares={val: -0.1}"], ["dataset.shares", "-0.1"]),
         (["~dataset.views", "dataset.validation_view=null"], ["dataset.views is empty"]),
         (["name=${nme}"], ["nme"]),
+        (["backbone=pretrained", "backbone.audio.context=shrt"], ["context='shrt'", "'full', 'short'"]),
+        (["backbone=pretrained", "backbone.audio.margin_frames=0.5"], ["margin_frames=0.5", "int"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else "",
 )
