@@ -3,7 +3,7 @@
 import io
 import json
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -264,10 +264,20 @@ def write_frozen_towers(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        small: dict[str, Any] = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
         CLIPVisionModel(CLIPVisionConfig(**small, image_size=16, patch_size=8)).save_pretrained(folder / "image")
         CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16).save_pretrained(folder / "image")
-        audio = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
+        audio: dict[str, Any] = {
+            "d_model": 16,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 16,
+        }
         config = WhisperConfig(
             **audio,
             num_mel_bins=16,

@@ -125,24 +125,24 @@ class FeatureStore:
         """The features at some places, read block after block in rising order."""
         wanted = np.asarray(places, dtype=np.int64)
         blocks, inside = np.divmod(wanted, BLOCK_ROWS * self.variants)
-        parts = {block: self._open(block) for block in np.unique(blocks).tolist()}
-        begins = np.array([parts[block][1][i] for block, i in zip(blocks.tolist(), inside.tolist(), strict=True)])
-        ends = np.array([parts[block][1][i + 1] for block, i in zip(blocks.tolist(), inside.tolist(), strict=True)])
-        lengths = ends - begins
-        dim = next(iter(parts.values()))[0].shape[1]
-        values = np.zeros((len(wanted), int(lengths.max(initial=0)), dim), STORED[self.dtype])
-        for block, (tokens, _) in parts.items():
-            rows = np.flatnonzero(blocks == block)
-            rows = rows[np.argsort(begins[rows], kind="stable")]
-            if (lengths[rows] == values.shape[1]).all():  # one read for all
-                index = begins[rows, None] + np.arange(values.shape[1])
-                values[rows] = np.take(tokens, index, axis=0)
-            else:
-                for row in rows.tolist():
-                    values[row, : lengths[row]] = tokens[begins[row] : ends[row]]
+        parts = [(blocks == block, *self._open(block)) for block in np.unique(blocks).tolist()]
+        begins = np.zeros(len(wanted), dtype=np.int64)
+        lengths = np.zeros(len(wanted), dtype=np.int64)
+        for here, _, edges in parts:
+            begins[here], lengths[here] = edges[inside[here]], np.diff(edges)[inside[here]]
+        longest = int(lengths.max(initial=0))
+        shape = (len(wanted), longest, parts[0][1].shape[1])
+        values = (np.empty if (lengths == longest).all() else np.zeros)(shape, STORED[self.dtype])
+        for here, tokens, _ in parts:
+            rows = np.flatnonzero(here)[np.argsort(begins[here], kind="stable")]
+            if longest == 1 and lengths[rows].all():  # many small rows: one call for all
+                values[rows, 0] = np.take(tokens, begins[rows], axis=0)
+                continue
+            for row, begin, length in zip(rows.tolist(), begins[rows].tolist(), lengths[rows].tolist(), strict=True):
+                values[row, :length] = tokens[begin : begin + length]
         tensor = torch.from_numpy(values)
         tensor = tensor.view(torch.bfloat16) if self.dtype == "bf16" else tensor
-        mask = torch.arange(values.shape[1])[None, :] < torch.from_numpy(lengths)[:, None]
+        mask = torch.arange(longest)[None, :] < torch.from_numpy(lengths)[:, None]
         return Features(tensor, mask)
 
     def _open(self, block: int) -> tuple[np.ndarray, np.ndarray]:
