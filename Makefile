@@ -1,12 +1,13 @@
 # make demo     the main job, from nothing to its report
 # make test     lint, types and tests, as CI runs them
 # make test-slurm  sweeps on a real SLURM, which it installs and starts; needs root and apt-get
+# make bench    side by side with peers, on the same work; ROW=alignment for one row; minutes to an hour
 # make torture  50 short runs killed, stopped and damaged at random, taken up again, compared; a quarter of an hour
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check test-slurm torture clean
+.PHONY: demo test check test-slurm torture bench clean
 
 demo: $(READY)
 	$(BIN)/python train.py
@@ -26,6 +27,11 @@ test-slurm: $(READY)
 torture: export OMP_NUM_THREADS = 1
 torture: $(READY)
 	$(BIN)/python -m benchmarks.torture
+
+bench: export OMP_NUM_THREADS = 1
+bench: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[bench]"
+	$(BIN)/python -m benchmarks.bench $(ROW)
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -206,6 +206,17 @@ class LoggerConfig:
 
 
 @dataclass
+class CacheConfig:
+    """The features of frozen towers, computed once."""
+
+    enabled: bool | None = None
+    dir: str = "outputs/cache"
+    dtype: str = "fp16"
+    views: int = 4
+    max_bytes: int | None = None
+
+
+@dataclass
 class LaunchConfig:
     """The ranks of a run that no outer launcher starts."""
 
@@ -228,6 +239,7 @@ class ExperimentConfig:
     fusion: FusionConfig = field(default_factory=FusionConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
@@ -330,6 +342,10 @@ def check(config: DictConfig) -> None:
         raise ConfigError(f"training.test_checkpoint={training.test_checkpoint!r}: give 'last' or 'best'")
     if training.test_checkpoint == "best" and training.monitor is None:
         raise ConfigError("training.test_checkpoint='best' needs training.monitor, the figure that best is judged by")
+    if config.cache.dtype not in ("fp32", "bf16", "fp16"):
+        raise ConfigError(f"cache.dtype={config.cache.dtype!r}: give fp16, bf16 or fp32")
+    if config.cache.views < 1:
+        raise ConfigError(f"cache.views={config.cache.views}: give at least 1 variant of a picture")
     if not dataset.views and dataset.puzzles is None:
         raise ConfigError("dataset.views is empty: name at least one view to evaluate the run on")
     if dataset.validation_view is not None and dataset.validation_view not in dataset.views:

@@ -140,7 +140,7 @@ def _raw_features(rows: Rows, modality: str, experiment: "MultimodalExperiment")
     media, ids, samples = [], [], []
     for row in range(len(rows)):
         try:
-            media.append(reader.read(row))
+            media.append(reader.decoded(row))
         except Undecodable:
             continue  # counted where the row was trained or embedded
         ids.append(concepts[row])
@@ -205,5 +205,5 @@ def _card_of(views: Views, modality: str, place: int) -> Card:
     name = batches.captions[place]
     if batches.reader is None:
         return Card(name)
-    media: np.ndarray = batches.reader.read(place).numpy()
+    media: np.ndarray = batches.reader.decoded(place).numpy()
     return Card(name, picture=media) if modality == "image" else Card(name, waveform=media)

@@ -3,7 +3,7 @@
 import io
 import json
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,16 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageDraw
-from transformers import BertConfig, BertModel, BertTokenizer
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    WhisperConfig,
+    WhisperModel,
+)
 
 from edge_glass.config import to_experiment
 from edge_glass.training.fit import fit
@@ -248,3 +257,50 @@ def run(config: DictConfig, folder: Path) -> float | None:
 def plain(config: DictConfig) -> dict:
     """As `launch.run` hands configs over."""
     return cast(dict, OmegaConf.to_container(config, resolve=True, enum_to_str=True))
+
+
+def write_frozen_towers(folder: Path) -> Path:
+    """A CLIP vision model (`image`) and a Whisper (`audio`) of a few thousand random weights, in the hub's format."""
+    folder.mkdir(exist_ok=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        small: dict[str, Any] = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
+        CLIPVisionModel(CLIPVisionConfig(**small, image_size=16, patch_size=8)).save_pretrained(folder / "image")
+        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16).save_pretrained(folder / "image")
+        audio: dict[str, Any] = {
+            "d_model": 16,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 16,
+        }
+        config = WhisperConfig(
+            **audio,
+            num_mel_bins=16,
+            max_source_positions=16,
+            decoder_layers=1,
+            decoder_attention_heads=2,
+            decoder_ffn_dim=16,
+            vocab_size=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+        )
+        WhisperModel(config).save_pretrained(folder / "audio")
+    return folder
+
+
+def frozen(towers: Path) -> list[str]:
+    """Overrides, after those of `overrides`, that put these frozen towers into the place of the trained ones."""
+    return [
+        "~backbone.image",
+        f"+backbone.image={{_target_: edge_glass.encoders.vision.VisionEncoder.from_pretrained, name: {towers}/image}}",
+        "~backbone.audio",
+        f"+backbone.audio={{_target_: edge_glass.encoders.audio.AudioEncoder.from_pretrained, name: {towers}/audio}}",
+        "dataset.image_augment=null",
+    ]

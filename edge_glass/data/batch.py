@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,29 @@ class AudioClips:
     def to(self, device) -> "AudioClips":
         """The same clips on another device."""
         return AudioClips(self.waveform.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True))
+
+
+@dataclass
+class Features:
+    """What a frozen tower makes of the inputs of a batch, computed earlier, in the place of those inputs.
+
+    Attributes:
+        values: `[batch, tokens, dim]` in the type they are stored in.
+        mask: `[batch, tokens]` bool, True for real tokens.
+    """
+
+    values: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    def __getitem__(self, rows: slice) -> "Features":
+        return Features(self.values[rows], self.mask[rows])
+
+    def to(self, device) -> "Features":
+        """The same features on another device."""
+        return Features(self.values.to(device, non_blocking=True), self.mask.to(device, non_blocking=True))
 
 
 @dataclass
@@ -75,8 +99,8 @@ class Batch:
     Attributes:
         sample_ids: names of the rows, for messages and reports.
         concept_ids: `[batch]` int64; rows with equal ids are positives of each other.
-        image: `[images, 3, height, width]` float32, normalised for the image tower.
-        audio: the waveforms.
+        image: `[images, 3, height, width]` float32, normalised for the image tower, or its features.
+        audio: the waveforms, or their features.
         text: captions.
         rows: modality -> `[inputs]` int64, rising: the samples that its inputs belong to; not there: all of them.
         extra_text: captions of other concepts, negatives for every sample; they belong to no row.
@@ -88,8 +112,8 @@ class Batch:
 
     sample_ids: list[str]
     concept_ids: Tensor
-    image: Tensor | None = None
-    audio: AudioClips | None = None
+    image: Tensor | Features | None = None
+    audio: AudioClips | Features | None = None
     text: list[str] | None = None
     rows: dict[str, Tensor] = field(default_factory=dict)
     extra_text: list[str] = field(default_factory=list)
@@ -105,7 +129,7 @@ class Batch:
         """The modalities that this batch holds, in the order image, audio, text."""
         return [name for name in MODALITIES if getattr(self, name) is not None]
 
-    def inputs(self, modality: str) -> Tensor | AudioClips | list[str]:
+    def inputs(self, modality: str) -> Tensor | AudioClips | Features | list[str]:
         """What the tower of `modality` reads.
 
         Raises:
@@ -132,8 +156,8 @@ class Batch:
         return replace(
             self,
             concept_ids=self.concept_ids.to(device, non_blocking=True),
-            image=None if self.image is None else self.image.to(device, non_blocking=True),
-            audio=None if self.audio is None else self.audio.to(device),
+            image=_on(self.image, device),
+            audio=_on(self.audio, device),
             rows={name: rows.to(device, non_blocking=True) for name, rows in self.rows.items()},
             dialogue=None if self.dialogue is None else self.dialogue.to(device),
             shown={name: shown.to(device, non_blocking=True) for name, shown in self.shown.items()},
@@ -172,3 +196,10 @@ class Batch:
             shown={name: shown[samples] for name, shown in self.shown.items()},
             skipped=self.skipped if samples.start == 0 else [],
         )
+
+
+def _on(part: Any, device) -> Any:
+    """A part of a batch on another device; None stays None."""
+    if isinstance(part, Tensor):
+        return part.to(device, non_blocking=True)
+    return None if part is None else part.to(device)

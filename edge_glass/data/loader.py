@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Sampler
 
 from edge_glass.data.augment import ImageAugment
-from edge_glass.data.batch import MODALITIES, AudioClips, Batch, SkippedRow
+from edge_glass.data.batch import MODALITIES, AudioClips, Batch, Features, SkippedRow
 from edge_glass.data.datasets import NegativeCaptions
 from edge_glass.data.decode import Undecodable
 from edge_glass.data.dialogue import Chat
+from edge_glass.data.features import FeatureStore
 from edge_glass.data.rows import DataError, Rows
 from edge_glass.data.samples import Decoding, Index, MediaReader, Sample
 
@@ -71,6 +72,7 @@ class Collate:
         image_augment: training-time variation of images, or None.
         negative_captions: draws captions of further concepts for each training batch, or None.
         chat: the decoder's tokens, where there is a decoder.
+        features: modality -> store, of what samples hold a place in instead of media.
     """
 
     def __init__(
@@ -80,7 +82,9 @@ class Collate:
         image_augment: ImageAugment | None = None,
         negative_captions: NegativeCaptions | None = None,
         chat: Chat | None = None,
+        features: Mapping[str, FeatureStore] | None = None,
     ):
+        self.features = {} if features is None else features
         self.negative_captions = negative_captions
         self.chat = chat
         self.mean = torch.tensor(mean).view(1, 3, 1, 1)
@@ -113,16 +117,32 @@ class Collate:
             skipped=[row for sample in samples for row in sample.skipped],
         )
 
-    def pixels(self, images: list[Tensor], generators: list[np.random.Generator] | None = None) -> Tensor:
-        """`[batch, 3, side, side]` float32, normalised; augmented when generators are given."""
-        pixels = torch.stack(images).float() / 255
+    def pixels(
+        self, images: Sequence[Tensor | int], generators: list[np.random.Generator] | None = None
+    ) -> Tensor | Features:
+        """`[batch, 3, side, side]` float32, normalised, or features; augmented when generators are given."""
+        if places := _places(images):
+            if self.image_augment is not None and generators is not None:
+                variants = self.features["image"].variants
+                drawn = [int(rng.integers(1, variants)) for rng in generators]
+                places = [place + variant for place, variant in zip(places, drawn, strict=True)]
+            return self.features["image"].gather(places)
+        pixels = torch.stack([image for image in images if isinstance(image, Tensor)]).float() / 255
         if self.image_augment is not None and generators is not None:
             pixels = self.image_augment(pixels, generators)
         return (pixels - self.mean) / self.std
 
-    def waveforms(self, clips: list[Tensor]) -> AudioClips:
-        """Clips padded with zeros to the longest."""
-        return AudioClips(pad_sequence(clips, batch_first=True), torch.tensor([len(clip) for clip in clips]))
+    def waveforms(self, clips: Sequence[Tensor | int]) -> AudioClips | Features:
+        """Clips padded with zeros to the longest, or features."""
+        if places := _places(clips):
+            return self.features["audio"].gather(places)
+        waves = [clip for clip in clips if isinstance(clip, Tensor)]
+        return AudioClips(pad_sequence(waves, batch_first=True), torch.tensor([len(wave) for wave in waves]))
+
+
+def _places(media: Sequence[Tensor | int]) -> list[int]:
+    """The places in a store of features, if the samples hold those."""
+    return [place for place in media if isinstance(place, int)]
 
 
 def _partial_rows(samples: list[Sample]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from edge_glass.data.batch import SkippedRow
 from edge_glass.data.decode import Undecodable, decode_audio, decode_image
 from edge_glass.data.dialogue import Exchange
+from edge_glass.data.features import FeatureStore
 from edge_glass.data.rows import DataError, Rows
 
 # An index is (epoch, place): what a sample looks like follows from (seed, epoch, place) alone.
@@ -24,8 +25,8 @@ class Sample:
         sample_id: names of the rows it was made from.
         concept_id: what it shows or says.
         generator: the sample's own random stream, for the augmentation that follows.
-        image: `[3, side, side]` uint8.
-        audio: `[samples]` float32 at 16 kHz.
+        image: `[3, side, side]` uint8, or where its features stand in the store of them.
+        audio: `[samples]` float32 at 16 kHz, or where its features stand.
         text: a caption.
         exchange: what a decoder is asked about it, and the answer.
         shown: the media that the decoder sees of it.
@@ -35,8 +36,8 @@ class Sample:
     sample_id: str
     concept_id: int
     generator: np.random.Generator
-    image: Tensor | None = None
-    audio: Tensor | None = None
+    image: Tensor | int | None = None
+    audio: Tensor | int | None = None
     text: str | None = None
     exchange: Exchange | None = None
     shown: tuple[str, ...] = ()
@@ -45,17 +46,19 @@ class Sample:
 
 @dataclass
 class Decoding:
-    """How media are decoded, as the towers need them, and the memory that keeps what was decoded.
+    """How media are read, as the towers need them: decoded, or as features; and the memory that keeps the decoded ones.
 
     Attributes:
         image_size: side of a picture in pixels.
         seconds: the longest clip; what comes after is cut.
         keep_mb: decoded media kept in memory, MiB a process; 0 decodes again each time.
+        features: modality -> store, of the towers that need no media any more.
     """
 
     image_size: int = 224
     seconds: float = 30.0
     keep_mb: int = 512
+    features: dict[str, FeatureStore] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.kept: dict[tuple[str, str], Tensor] = {}
@@ -83,7 +86,7 @@ class Decoding:
 
 
 class MediaReader:
-    """The decoded image or audio of each row.
+    """The image or audio of each row.
 
     Args:
         rows: of one data set; readers that share a `decoding` share its memory, by sample id.
@@ -97,7 +100,16 @@ class MediaReader:
         self.decoding = decoding
         self.sample_ids = rows.column("sample_id")
 
-    def read(self, row: int) -> Tensor:
+    def read(self, row: int) -> Tensor | int:
+        """What a tower needs of the row: its decoded media, or where its features stand.
+
+        Raises:
+            Undecodable: with the reason.
+        """
+        store = self.decoding.features.get(self.modality)
+        return self.decoded(row) if store is None else store.place(self.sample_ids[row])
+
+    def decoded(self, row: int) -> Tensor:
         """The row's media.
 
         Raises:
@@ -121,7 +133,7 @@ class BrokenRow(Exception):
         self.row = SkippedRow(sample_id, reason)
 
 
-def read_media(reader: MediaReader, row: int) -> Tensor:
+def read_media(reader: MediaReader, row: int) -> Tensor | int:
     try:
         return reader.read(row)
     except Undecodable as error:

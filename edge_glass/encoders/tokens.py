@@ -2,9 +2,11 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 @dataclass
@@ -32,9 +34,9 @@ class Encoder(nn.Module, ABC):
         frozen: whether the backbone stays as it is.
     """
 
-    backbone: nn.Module
+    backbone: PreTrainedModel
 
-    def __init__(self, backbone: nn.Module, dim: int, frozen: bool):
+    def __init__(self, backbone: PreTrainedModel, dim: int, frozen: bool):
         super().__init__()
         self.backbone = backbone
         self.dim = dim
@@ -50,6 +52,17 @@ class Encoder(nn.Module, ABC):
         """Tokens of a batch of inputs; without gradient when frozen."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self._encode(inputs)
+
+    def describe(self) -> dict[str, Any]:
+        """What its tokens depend on beside weights and inputs."""
+        config = {
+            key: value
+            for key, value in self.backbone.config.to_dict().items()
+            if key not in ("_name_or_path", "transformers_version")
+        }
+        plain = (bool, int, float, str, list)
+        own = {key: value for key, value in vars(self).items() if isinstance(value, plain) and key != "training"}
+        return {"class": type(self).__name__, **own, "config": config}
 
     @abstractmethod
     def _encode(self, inputs) -> Tokens:

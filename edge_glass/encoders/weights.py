@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from torch import Tensor
 from transformers import AutoConfig
 from transformers.utils import cached_file, logging
 
@@ -117,6 +118,15 @@ def load_model(model_class: Any, source: str, **options) -> Any:
             f"such as {missing[0]!r}: is it a checkpoint of another model?"
         )
     return model
+
+
+def weights_hash(tensors: Mapping[str, Tensor]) -> str:
+    """A short hash of named weights."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def check_sha256(source: str, sha256: str) -> None:

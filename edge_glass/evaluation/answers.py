@@ -163,7 +163,7 @@ class Interview:
         device: torch.device | str,
     ) -> list[Answer]:
         kept, exchanges, prompts = [], [], []
-        media: dict[str, list[Tensor]] = {name: [] for name in shown}
+        media: dict[str, list[Tensor | int]] = {name: [] for name in shown}
         for sample, caption in ((sample, self._caption(sample, shown[0])) for sample in samples):
             text = {"text": caption, "keyword": caption, "other": ""}
             try:
@@ -200,7 +200,7 @@ class Interview:
         ]
 
     def _media_batch(
-        self, samples: list[dict[str, int]], media: dict[str, list[Tensor]], shown: tuple[str, ...]
+        self, samples: list[dict[str, int]], media: dict[str, list[Tensor | int]], shown: tuple[str, ...]
     ) -> Batch:
         batches, collate = self.views.batches[shown[0]], self.views.batches[shown[0]].collate
         rows = [sample[shown[0]] for sample in samples]
@@ -212,7 +212,7 @@ class Interview:
             shown={name: torch.ones(len(rows), dtype=torch.bool) for name in shown},
         )
 
-    def _read(self, modality: str, row: int) -> Tensor:
+    def _read(self, modality: str, row: int) -> Tensor | int:
         reader = self.views.batches[modality].reader
         assert reader is not None
         return reader.read(row)

@@ -66,6 +66,7 @@ def evaluate_folder(folder: str, checkpoint: str = "last", device: str = "auto")
     run_dir, experiment, weights = open_run(folder, checkpoint, device)
     path = run_dir / SUMMARY
     summary = read_json(path) if path.is_file() else {"name": experiment.config.name}
+    experiment.prepare()
     validation = experiment.validation()
     results = experiment.results(run_dir, {} if validation is None else validation(experiment.task))
     summary |= {"checkpoint": checkpoint, "evaluated": weights.name, **results.summary()}

@@ -58,6 +58,10 @@ class Experiment(ABC):
     device: torch.device
 
     @abstractmethod
+    def prepare(self) -> None:
+        """Compute what is computed once, before the first batch; every rank calls it."""
+
+    @abstractmethod
     def training_batches(self, samples: int) -> TrainingBatches:
         """The training batches of this rank, of `samples` samples each."""
 

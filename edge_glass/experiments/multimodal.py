@@ -22,6 +22,7 @@ from edge_glass.evaluation.answers import Interview
 from edge_glass.evaluation.names import AnswerName, MetricName
 from edge_glass.evaluation.views import Views
 from edge_glass.experiments.experiment import Experiment, Validation
+from edge_glass.experiments.features import stored_features
 from edge_glass.experiments.parts import TrainingBatches, build, choose_device, plain
 from edge_glass.models.alignment import MultimodalAlignmentModel, Tower
 from edge_glass.models.counts import ParameterRow, parameter_table
@@ -108,6 +109,21 @@ class MultimodalExperiment(Experiment):
         """The rows of the training split."""
         conditions = plain(self.config.dataset.where)
         return {name: rows.where(conditions) for name, rows in self.tables.items()}
+
+    def prepare(self) -> None:
+        takes, decodes = self.config.fusion.takes, self.config.decoder.model is not None
+        instructions = [] if self.instructions is None else self.instructions.columns
+        self.decoding.features = stored_features(
+            self.config,
+            self.model,
+            self.tables,
+            self.decoding,
+            self.collate,
+            self.device,
+            with_tokens=self.config.fusion.reads if decodes and "tokens" in takes else (),
+            mixed=[name for name in self.tables if name in instructions],
+        )
+        self.collate.features = self.decoding.features
 
     def training_batches(self, samples: int) -> TrainingBatches:
         seed = self.config.seed

@@ -55,6 +55,9 @@ class PuzzleExperiment(Experiment):
             raise ConfigError(f"{error.__cause__ or error}") from error
         self.task = PuzzleTask(model, torch.from_numpy(self.game.places)).to(self.device)
 
+    def prepare(self) -> None:
+        """Nothing: there are no towers."""
+
     def training_batches(self, samples: int) -> TrainingBatches:
         dataset = PuzzleDataset(self.game, self.train, self.config.dataset.puzzles.vary, self.config.seed)
         pin_memory = self.device.type == "cuda"

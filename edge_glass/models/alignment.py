@@ -2,14 +2,14 @@
 
 from torch import Tensor, nn
 
-from edge_glass.data.batch import MODALITIES, AudioClips, Batch
+from edge_glass.data.batch import MODALITIES, AudioClips, Batch, Features
 from edge_glass.encoders.tokens import Encoder, Tokens
 from edge_glass.models.perceiver import PerceiverResampler
 from edge_glass.models.pooling import SegmentPool
 from edge_glass.models.projection import ProjectionHead, WhitenedProjection
 from edge_glass.models.recall import CaptionRecall
 
-Inputs = Tensor | AudioClips | list[str]
+Inputs = Tensor | AudioClips | Features | list[str]
 
 
 class Tower(nn.Module):
@@ -52,7 +52,9 @@ class Tower(nn.Module):
 
     def tokens(self, inputs: Inputs) -> Tokens:
         """What is pooled, and what a decoder reads: `[batch, tokens, encoder.dim]`."""
-        tokens = self.encoder(inputs)
+        # Features were computed by this very encoder, earlier.
+        known = Tokens(inputs.values.float(), inputs.mask) if isinstance(inputs, Features) else None
+        tokens = self.encoder(inputs) if known is None else known
         return tokens if self.resampler is None else self.resampler(tokens)
 
     def features(self, inputs: Inputs) -> Tensor:

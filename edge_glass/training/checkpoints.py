@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from edge_glass.decoders.decoder import LanguageDecoder
 from edge_glass.encoders.tokens import Encoder
+from edge_glass.encoders.weights import weights_hash
 from edge_glass.errors import UserError
 from edge_glass.runs import CHECKPOINTS, METRICS, read_json, write_json
 
@@ -220,14 +221,7 @@ def trained_state(task: nn.Module) -> dict[str, Tensor]:
 
 def tower_identities(task: nn.Module) -> dict[str, str]:
     """A hash of the weights of each part that a checkpoint builds on without holding it."""
-    identities = {}
-    for name, loaded in _loaded(task).items():
-        digest = hashlib.sha256()
-        for key, tensor in sorted(loaded.items()):
-            digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        identities[name] = digest.hexdigest()[:16]
-    return identities
+    return {name: weights_hash(loaded) for name, loaded in _loaded(task).items()}
 
 
 def load_weights(task: nn.Module, folder: Path, name: str = WEIGHTS) -> None:

@@ -152,6 +152,7 @@ class Run:
 
     def run(self) -> float | None:
         began = time.monotonic()
+        self.experiment.prepare()
         trainer = self._trainer()
         if self.start.checkpoint is not None:
             self._take_up(trainer, self.start.checkpoint)

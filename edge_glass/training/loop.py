@@ -24,11 +24,11 @@ from edge_glass.training.accumulation import accumulate_exact
 from edge_glass.training.average import WeightAverage
 from edge_glass.training.checkpoints import Checkpoints
 from edge_glass.training.logs import Sink
+from edge_glass.training.precision import autocast
 from edge_glass.training.random_state import random_state, restore_random_state
 from edge_glass.training.signals import StopSignals
 
 log = logging.getLogger(__name__)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainingError(UserError):
@@ -305,9 +305,7 @@ class Trainer:
         return step % self.limits.eval_every == 0 or step == self.limits.max_steps
 
     def _autocast(self) -> AbstractContextManager:
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, DTYPES[self.precision])
+        return autocast(self.device, self.precision)
 
     def _leave_out(self, batch: TrainingBatch, loss: Tensor, buffers: list[Tensor]) -> None:
         # fp16 finds its loss scale by overflowing now and then: the scaler has halved it, nothing is wrong yet.
