@@ -4,7 +4,8 @@ python -m benchmarks.recursion                      three seeds, 3,000 steps and
 python -m benchmarks.recursion --steps 1000 --seeds 1
 
 In a training step recursion applies the net 16 times, n = T = 1 half as often: it is trained for as many steps, and for
-twice as many, which is as much computing. The others get about the time that recursion takes. The table is written to benchmarks/recursion.json, and drawn beside it.
+twice as many, which is as much computing. The others get about the time that recursion takes. The table is written to
+benchmarks/recursion.json, and drawn beside it.
 """
 
 import argparse
