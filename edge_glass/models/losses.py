@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from edge_glass.distributed import all_mean, current_ranks, gather
+from edge_glass.models.nested_infonce import Positives, nested_infonce
 
 PAIRS = ("image_text", "audio_text", "image_audio")
 
@@ -41,8 +42,9 @@ class AlignmentLoss(nn.Module):
         kind: the formula.
         temperature: start of 1 / scale (0.07: Wu et al. 2018).
         max_scale: the scale is kept at or below this (100: Radford et al. 2021).
-        chunk: rows of `a` whose logits exist at a time; more rows are computed chunk after chunk, and again
-            in the backward pass, so that memory grows with rows times chunk.
+        chunk: rows of `a` whose logits are kept for the backward pass. For more rows logits are computed a part
+            at a time, and again in the backward pass: `siglip` takes chunks of that many rows, so that memory
+            grows with rows times chunk, `infonce` tiles of a fixed size.
 
     Raises:
         ValueError: widths, weights, temperature or chunk that cannot work.
@@ -98,7 +100,7 @@ class AlignmentLoss(nn.Module):
             ids_b: `[rows b]` concept ids.
 
         Returns:
-            A float32 scalar.
+            A float32 scalar; a float64 one if the loss itself was turned into float64.
 
         Raises:
             ValueError: shapes that do not fit each other or the widths.
@@ -109,7 +111,8 @@ class AlignmentLoss(nn.Module):
         with torch.no_grad():
             self.log_scale.clamp_(max=math.log(self.max_scale))
         with torch.autocast(a.device.type, enabled=False):
-            return self._loss(a.float(), b.float(), ids_a, ids_b)
+            dtype = torch.promote_types(self.log_scale.dtype, torch.float32)
+            return self._loss(a.to(dtype), b.to(dtype), ids_a, ids_b)
 
     def _loss(self, a: Tensor, b: Tensor, ids_a: Tensor, ids_b: Tensor) -> Tensor:
         all_ids_a, b, ids_b = gather(ids_a), gather(b), gather(ids_b)
@@ -123,25 +126,16 @@ class AlignmentLoss(nn.Module):
         positives_a, positives_b = _count(ids_a, ids_b), _count(ids_b, all_ids_a)
         rows_a, rows_b = (_count(all_ids_a, ids_b) > 0).sum(), (positives_b > 0).sum()
         # A row's part in half the mean over the rows that have a positive; shared out among its positives.
-        weight_a = (positives_a > 0) / (2 * rows_a.clamp(min=1))  # [rows a]
-        weight_b = (positives_b > 0) / (2 * rows_b.clamp(min=1))  # [rows b]
+        weight_a = (positives_a > 0).to(a) / (2 * rows_a.clamp(min=1))  # [rows a]
+        weight_b = (positives_b > 0).to(b) / (2 * rows_b.clamp(min=1))  # [rows b]
         pull_a, pull_b = weight_a / positives_a.clamp(min=1), weight_b / positives_b.clamp(min=1)
 
-        def block(a, inverse_a, ids_a, weight_a, pull_a, b, inverse_b) -> tuple[Tensor, Tensor]:
-            pull = torch.where(ids_a[:, None] == ids_b, pull_a[:, None] + pull_b, 0.0)
-            rows, columns = [], []
-            for logits in self._logits(a, inverse_a, b, inverse_b):
-                rows.append(logits.logsumexp(1) @ weight_a - logits.flatten() @ pull.flatten())
-                columns.append(logits.logsumexp(0))
-            return torch.stack(rows), torch.stack(columns)
-
-        rows_of_a = (a, self._inverse_norms(a), ids_a, weight_a, pull_a)
-        blocks = self._in_chunks(block, rows_of_a, (b, self._inverse_norms(b)))
-        rows = torch.stack([rows for rows, _ in blocks]).sum(0)
-        columns = torch.stack([columns for _, columns in blocks]).logsumexp(0)  # [widths, rows b]
+        positives = Positives(ids_a, ids_b, pull_a, pull_b)
+        keep = torch.is_grad_enabled() and len(a) <= self.chunk
+        rows, columns, pulled = nested_infonce(a, b, self.log_scale.exp(), self.widths, positives, keep)
         # Each rank has summed its own rows of `a` into the denominators of `b`: put them together.
         columns = gather(columns[None]).logsumexp(0)
-        return current_ranks().world_size * rows + columns @ weight_b
+        return current_ranks().world_size * (rows @ weight_a - pulled) + columns @ weight_b
 
     def _siglip(self, a: Tensor, b: Tensor, ids_a: Tensor, ids_b: Tensor, all_ids_a: Tensor) -> Tensor:
         """This rank's share at each width, `[widths]`; the mean of all shares is the loss."""
