@@ -18,7 +18,8 @@ from edge_glass.reports.tables import markdown
 from edge_glass.training.summary import commit, versions
 
 RESULTS = Path(__file__).with_name("results.json")
-ROWS = ("alignment", "sweep", "nested_loss", "cached_rows", "resampler", "speech")  # modules of this package with a function `rows`
+# Modules of this package with a function `rows`.
+ROWS = ("alignment", "sweep", "nested_loss", "cached_rows", "resampler", "speech")
 
 
 def machine() -> dict[str, Any]:

@@ -54,7 +54,8 @@ def pair() -> tuple[PerceiverResampler, nn.Module]:
         theirs.media_pos_emb.zero_()
         ours.positions.zero_()
         ours.latents.copy_(theirs.latents)
-        for own, (attention, feed_forward) in zip(ours.layers, theirs.layers, strict=True):
+        pairs: Any = zip(ours.layers, theirs.layers, strict=True)
+        for own, (attention, feed_forward) in pairs:
             key, value = attention.to_kv.weight.chunk(2)
             for linear, weight in (
                 (own.query, attention.to_q.weight),
