@@ -3,10 +3,11 @@
 Where ours has what theirs lacks (positions, biases), it is set to zero, so that both compute the same outputs.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.sides import compare
 from edge_glass.encoders.tokens import Tokens
@@ -24,18 +25,18 @@ def rows() -> list[dict[str, Any]]:
     with torch.no_grad():
         same = torch.allclose(ours(Tokens(tokens, mask)).tokens, theirs(tokens).squeeze(1), atol=1e-5)
 
-    def trained(model: nn.Module, forward: Any, dtype: torch.dtype) -> None:
+    def trained(model: nn.Module, tokens: Any, dtype: torch.dtype) -> None:
         model.zero_grad()
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            out: Tensor = forward(model)
-        out.float().square().sum().backward()
+            out = model(tokens)
+        (out.tokens if isinstance(out, Tokens) else out).float().square().sum().backward()
 
     return [
         compare(
             f"resampler, {str(dtype).removeprefix('torch.')}",
             "flamingo-pytorch",
-            lambda dtype=dtype: trained(ours, lambda model: model(Tokens(tokens, mask)).tokens, dtype),
-            lambda dtype=dtype: trained(theirs, lambda model: model(tokens), dtype),
+            partial(trained, ours, Tokens(tokens, mask), dtype),
+            partial(trained, theirs, tokens, dtype),
             floor,
             equal=same,
         )
