@@ -115,6 +115,9 @@ def test_another_tower_or_another_row_has_features_of_its_own(tmp_path, train, t
     mini.write_parquet(data / "images.parquet", rows)
     train("other row", "training.max_steps=1", data=data)
     assert {name.split("-")[0] for name in folders(tmp_path) - after} == {"image"}
+    before = folders(tmp_path)
+    train("other context", "training.max_steps=1", "+backbone.audio.context=short")
+    assert {name.split("-")[0] for name in folders(tmp_path) - before} == {"audio"}
 
 
 def test_what_a_killed_build_left_is_completed_not_done_again(tmp_path, train, encoded):

@@ -61,7 +61,11 @@ class Encoder(nn.Module, ABC):
             if key not in ("_name_or_path", "transformers_version")
         }
         plain = (bool, int, float, str, list)
-        own = {key: value for key, value in vars(self).items() if isinstance(value, plain) and key != "training"}
+        own = {
+            key: value
+            for key, value in vars(self).items()
+            if isinstance(value, plain) and key != "training" and not key.startswith("_")
+        }
         return {"class": type(self).__name__, **own, "config": config}
 
     @abstractmethod
