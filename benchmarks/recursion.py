@@ -84,6 +84,7 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "exact_match": round(statistics.mean(exact), 4),
                 "least": min(exact),
                 "most": max(exact),
+                "exact_match_by_seed": exact,
                 "steps": own[0]["steps"],
                 "parameters": own[0]["parameters"],
             }
@@ -101,15 +102,9 @@ def main() -> None:
     result: dict[str, Any] = {}
     for result in compare(options.steps, options.seeds, known):
         write_json(options.to, result)
-    grouped_points(
-        {
-            row["model"]: [run["exact_match"] for run in result["runs"] if run["model"] == row["model"]]
-            for row in result["table"]
-        },
-        options.to.with_suffix(".png"),
-        "Unseen 6 x 6 Sudoku, equal parameters",
-        "exact match",
-    )
+        groups = {row["model"]: row["exact_match_by_seed"] for row in result["table"]}
+        title = "Unseen 6 x 6 Sudoku, equal parameters"
+        grouped_points(groups, options.to.with_suffix(".png"), title, "exact match")
     for row in result["table"]:
         scores = f"{row['exact_match']:.3f} ({row['least']:.3f} to {row['most']:.3f})"
         print(f"{row['model']:34} {scores}, {row['steps']} steps")
