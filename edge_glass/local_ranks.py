@@ -174,9 +174,9 @@ def _signals_passed_on(ranks: list[ForkServerProcess]) -> Iterator[list[int]]:
                 process.kill()
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
+        received.append(number)  # before the message: whoever answers it with a second Ctrl-C is to be heard
         if number == signal.SIGINT:
             os.write(2, b"\nCtrl-C: finishing this step and saving; Ctrl-C again ends the run at once\n")
-        received.append(number)
         for process in ranks:
             process.terminate()
 

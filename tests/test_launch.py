@@ -69,7 +69,7 @@ def stops_when_told(config, run_dir: str) -> None:
 def never_stops(config, run_dir: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     Path(run_dir, f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
-    time.sleep(600)
+    time.sleep(60)
 
 
 @pytest.fixture(autouse=True)
