@@ -30,6 +30,8 @@ def run_command(main: Callable[[], None], at_the_end: Callable[[], None] = lambd
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, _stop)
+    # Threads that wait for each other by spinning take the cores from whatever else runs; torch reads this on import.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit by itself, without saying what would be valid
     try:
         try:

@@ -282,12 +282,13 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_anew_in_its_folder(t
     assert without_clock(rows_of(folder, "train")) == without_clock(rows_of(trimodal[0], "train"))
 
 
-def test_a_run_that_is_out_of_time_ends_with_everything_in_place(start, tmp_path):
+def test_a_run_that_is_out_of_time_says_so_and_ends_with_everything_in_place(start, tmp_path, caplog):
     start(tmp_path, "training.max_seconds=0.000001", "encoder=vision_text")
+    assert "training.max_seconds=1e-06 cut the run off after 1 of 6 steps" in caplog.text
     summary = read(tmp_path)
     assert (summary["stopped_by"], summary["steps"]) == ("max_seconds", 1)
     assert directions(summary["metrics"]) == {"image_to_text", "text_to_image"}
-    assert (tmp_path / "report.md").is_file()
+    assert "cut off by max_seconds" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

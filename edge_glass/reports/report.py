@@ -110,7 +110,7 @@ def _facts(summary: Mapping[str, Any]) -> str:
         "seconds": _duration,
         "samples_per_second": lambda value: f"{value:,.0f} samples/s",
         "peak_memory_mb": lambda value: f"peak memory {value:,.0f} MB",
-        "stopped_by": lambda value: f"ended by {value}",
+        "stopped_by": lambda value: "cut off by max_seconds" if value == "max_seconds" else f"ended by {value}",
     }
     clauses = [form(summary[key]) for key, form in formats.items() if summary.get(key) is not None]
     text = ", ".join(clauses) + "." if clauses else ""

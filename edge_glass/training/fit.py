@@ -171,6 +171,15 @@ class Run:
             self.signals.share()
             self._say_that_it_stopped(trainer)
             raise Stopped
+        if stopped_by == "max_seconds":
+            training = self.config.training
+            log.warning(
+                "training.max_seconds=%g cut the run off after %d of %d steps, its learning rate still high: give more "
+                "time, or as many training.max_steps as fit",
+                training.max_seconds,
+                trainer.progress.step,
+                training.max_steps,
+            )
         self.signals.at_once = True  # what is trained is saved; an evaluation can be done again
         saved = self._save_again(trainer)
         skipped: dict[str, str] = {}
